@@ -8,16 +8,23 @@ change the arithmetic are ignored, `auto_map` among them: no code of a checkpoin
 The file is untrusted: every number is bounded, and all problems are reported at once.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 
 from latentcore.errors import ConfigError
+from latentcore.files import (
+    JsonError,
+    UnsafePathError,
+    contained_file,
+    json_kind,
+    read_json_file,
+    shorten,
+)
 
 SUPPORTED_MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2")
 """Values of `model_type` that this engine runs. `kimi_k2` is the V3 architecture."""
@@ -34,88 +41,21 @@ _MAX_COUNT = 1 << 16
 
 
 # ---------------------------------------------------------------------------------------------
-# Strict JSON
-
-
-class JsonError(ValueError):
-    """A text is not the plain, well-formed JSON object that it should be."""
-
-
-def parse_json_object(data: bytes) -> dict[str, Any]:
-    """Parses `data` as one JSON object, refusing what a hostile file may hold.
-
-    Refused with JsonError: bytes that are not UTF-8, a duplicate key in any object, `NaN` and
-    `Infinity`, integers of thousands of digits, deep nesting, and anything but an object on top.
-    """
-    try:
-        value = json.loads(
-            data.decode("utf-8"),
-            object_pairs_hook=_unique_pairs,
-            parse_constant=_refuse_constant,
-        )
-    except UnicodeDecodeError as error:
-        raise JsonError(f"not UTF-8 text (byte {error.start})") from None
-    except RecursionError:
-        raise JsonError("brackets nested too deeply") from None
-    except JsonError:
-        raise
-    except ValueError as error:
-        raise JsonError(f"not valid JSON ({_first_line(error)})") from None
-    if not isinstance(value, dict):
-        raise JsonError(f"expected a JSON object, found {json_kind(value)}")
-    return value
-
-
-def json_kind(value: object) -> str:
-    """Names the JSON type of a parsed value, for messages."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return f"the number {_shorten(str(value))}"
-    if isinstance(value, str):
-        return f'the text "{_shorten(value)}"'
-    return "a list" if isinstance(value, list) else "an object"
-
-
-def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise JsonError(f'the key "{_shorten(key)}" stands twice in one object')
-            seen.add(key)
-    return result
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise JsonError(f"{name} is not a JSON value")
-
-
-def _first_line(error: Exception) -> str:
-    return _shorten(str(error).splitlines()[0] if str(error) else type(error).__name__, 120)
-
-
-def _shorten(text: str, limit: int = 60) -> str:
-    clean = "".join(
-        c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[: limit + 1]
-    )
-    return clean if len(text) <= limit else clean[:limit] + "..."
-
-
-def read_json_file(path: Path, max_bytes: int) -> dict[str, Any]:
-    """Reads a JSON object from a file of at most `max_bytes`. Raises OSError or JsonError."""
-    with path.open("rb") as file:
-        data = file.read(max_bytes + 1)
-    if len(data) > max_bytes:
-        raise JsonError(f"larger than {max_bytes} bytes")
-    return parse_json_object(data)
-
-
-# ---------------------------------------------------------------------------------------------
 # Reading keys
+
+
+def _read_config_file(folder: Path, name: str) -> dict[str, Any] | None:
+    """The JSON object in file `name` of a model folder, None when there is no such file."""
+    try:
+        return read_json_file(contained_file(folder, name), _MAX_CONFIG_BYTES)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(f"{folder / name}: cannot be read ({error.strerror})") from None
+    except UnsafePathError as error:
+        raise ConfigError(str(error)) from None
+    except JsonError as error:
+        raise ConfigError(f"{folder / name}: {error}") from None
 
 
 class _Reader:
@@ -414,7 +354,7 @@ def _read_router(reader: _Reader, model_type: str, experts: int) -> RouterConfig
         )
     else:
         width = experts // n_group
-        if method == "noaux_tc" and width < 2:
+        if method == "noaux_tc" and n_group > 1 and width < 2:
             problems.append(
                 f"n_group: expected groups of at least 2 experts (a group's score is the sum of "
                 f"its two best), found {n_group} groups of {width}"
@@ -541,17 +481,12 @@ class ModelConfig:
         file = path / "config.json"
         if not path.is_dir():
             raise ConfigError(f"no such model folder: {path}")
-        try:
-            data = read_json_file(file, _MAX_CONFIG_BYTES)
-        except FileNotFoundError:
+        data = _read_config_file(path, "config.json")
+        if data is None:
             raise ConfigError(
                 f"{path}: no config.json; expected a folder with a checkpoint as published on "
                 f"Hugging Face (config.json, *.safetensors)"
-            ) from None
-        except OSError as error:
-            raise ConfigError(f"{file}: cannot be read ({error.strerror})") from None
-        except JsonError as error:
-            raise ConfigError(f"{file}: {error}") from None
+            )
         try:
             config = cls.from_dict(data)
         except ConfigError as error:
@@ -645,10 +580,10 @@ def _unsupported_architecture(data: Mapping[str, Any]) -> str:
     model_type = data.get("model_type")
     found = json_kind(model_type) if "model_type" in data else "nothing"
     if isinstance(model_type, str):
-        found = f'"{_shorten(model_type)}"'
+        found = f'"{shorten(model_type)}"'
     names = data.get("architectures")
     if isinstance(names, list) and names and isinstance(names[0], str):
-        found += f" ({_shorten(names[0])})"
+        found += f" ({shorten(names[0])})"
     hint = ""
     for key in ("text_config", "language_config", "thinker_config", "llm_config"):
         inner = data.get(key)
@@ -685,14 +620,9 @@ class GenerationDefaults:
         Raises ConfigError listing every problem.
         """
         file = path / "generation_config.json"
-        try:
-            data = read_json_file(file, _MAX_CONFIG_BYTES)
-        except FileNotFoundError:
+        data = _read_config_file(path, "generation_config.json")
+        if data is None:
             return cls()
-        except OSError as error:
-            raise ConfigError(f"{file}: cannot be read ({error.strerror})") from None
-        except JsonError as error:
-            raise ConfigError(f"{file}: {error}") from None
         problems: list[str] = []
         reader = _Reader(data, problems)
 
