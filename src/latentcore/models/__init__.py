@@ -1,0 +1,1 @@
+"""Checkpoints, their weights, and the forward pass that runs on them."""
