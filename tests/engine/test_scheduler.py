@@ -210,6 +210,30 @@ def test_preemption_takes_the_last_and_recomputes_on_the_same_paths() -> None:
     ]
 
 
+def test_a_preempted_sequence_refuses_equal_tokens_of_another_path() -> None:
+    paths: list[Path] = ["prefill"]
+    scheduler = Scheduler(
+        BlockManager(5, SIZE, enable_prefix_caching=True),
+        max_num_seqs=3,
+        max_num_batched_tokens=16,
+        choose_path=lambda uncached, context: paths[0],
+    )
+    queue = Queue(scheduler)
+    first, second = queue.add([1] * 6), queue.add([2] * 6)
+    while not scheduler.num_preemptions:
+        step(scheduler)
+    assert second.status is Status.WAITING
+    scheduler.finish(first)
+    scheduler.blocks.forget_cached()
+    paths[0] = "decode"
+    twin = queue.add([2] * 6, priority=-1)
+    step(scheduler)
+    assert twin.num_computed == 6
+    scheduler.finish(twin)
+    chunk = step(scheduler).chunks[0]
+    assert (chunk.sequence, chunk.start, chunk.path) == (second, 0, "prefill")
+
+
 def test_a_fork_shares_the_prompts_blocks_and_paths() -> None:
     scheduler = make(num_blocks=32, budget=32)
     queue = Queue(scheduler)
