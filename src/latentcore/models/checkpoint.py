@@ -38,7 +38,7 @@ MAX_HEADER_BYTES = 100_000_000
 
 _MAX_INDEX_BYTES = 256 << 20
 _MAX_RANK = 8
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".gguf")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _FINGERPRINT_SAMPLES = 8
 _FINGERPRINT_SAMPLE_BYTES = 4096
 
@@ -129,16 +129,16 @@ def _parse_entry(file: Path, name: str, entry: Any, data_start: int) -> TensorIn
         or len(shape) > _MAX_RANK
         or not all(type(size) is int and 0 <= size < 1 << 63 for size in shape)
     ):
-        raise ValueError(f"shape: expected at most {_MAX_RANK} sizes, found {shorten(repr(shape))}")
+        raise ValueError(
+            f"shape: expected a list of at most {_MAX_RANK} sizes, found {_brief(shape)}"
+        )
     if (
         not isinstance(offsets, list)
         or len(offsets) != 2
         or not all(type(offset) is int for offset in offsets)
         or not 0 <= offsets[0] <= offsets[1] < 1 << 63
     ):
-        raise ValueError(
-            f"data_offsets: expected a begin and an end, found {shorten(repr(offsets))}"
-        )
+        raise ValueError(f"data_offsets: expected a begin and an end, found {_brief(offsets)}")
     nbytes = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != nbytes:
         raise ValueError(
@@ -146,6 +146,12 @@ def _parse_entry(file: Path, name: str, entry: Any, data_start: int) -> TensorIn
             f"found {offsets[1] - offsets[0]}"
         )
     return TensorInfo(name, dtype, tuple(shape), file, data_start + offsets[0], nbytes)
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, list):
+        return f"{len(value)} entries" if len(value) > _MAX_RANK else shorten(repr(value))
+    return json_kind(value)
 
 
 def _check_layout(
@@ -399,8 +405,10 @@ def _unindexed_shards(path: Path) -> list[str]:
             f"opened and are refused; use the safetensors release of this model, or convert it",
             where=str(path),
         )
+    other = "".join(f", found {name}" for name in names if name.endswith(".gguf"))
     raise CheckpointError(
-        f"no weights: expected {INDEX_NAME} with its shards, or {SINGLE_NAME}", where=str(path)
+        f"no weights: expected {INDEX_NAME} with its shards, or {SINGLE_NAME}{other}",
+        where=str(path),
     )
 
 
