@@ -321,10 +321,9 @@ class Checkpoint:
         return digest.hexdigest()
 
     def close(self) -> None:
-        """Unmaps the files. Tensors that are still referenced keep their own file mapped."""
-        for source in self._maps.values():
-            with contextlib.suppress(BufferError):
-                source.close()
+        """Lets go of the maps. Tensors that are still referenced keep their own file mapped."""
+        # Not mmap.close(): torch holds the map object but not its buffer, so the map would be taken
+        # away under living tensors. A map goes with the last reference to it.
         self._maps.clear()
 
     def __enter__(self) -> "Checkpoint":
