@@ -424,9 +424,24 @@ class Sparse:
         del self.shard_of(name)[name]
         del self.weight_map[name]
 
+    def copy(self) -> "Sparse":
+        """A copy that can be changed without changing this one."""
+        shards = {file: dict(tensors) for file, tensors in self.shards.items()}
+        return Sparse(self.config, shards, dict(self.weight_map))
+
+    def write_beside(self, other: "Sparse", written: Path, folder: Path) -> Path:
+        """Writes this checkpoint, with links to the shards that `other` in `written` has too."""
+        folder.mkdir()
+        for file, tensors in self.shards.items():
+            if other.shards.get(file) == tensors:
+                (folder / file).hardlink_to(written / file)
+        return self.write(folder)
+
     def write(self, folder: Path) -> Path:
         write_config(folder, self.config)
         for file, tensors in self.shards.items():
+            if (folder / file).exists():
+                continue
             # Widest dtype first, as published files are, so that every tensor is aligned.
             ordered = dict(sorted(tensors.items(), key=lambda item: -ITEM_SIZES[item[1].dtype]))
             header = header_bytes(ordered)
