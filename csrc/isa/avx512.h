@@ -1,0 +1,265 @@
+// The AVX-512 vocabulary: F, BW, DQ, VL, VNNI; BF16 and VBMI where HasBf16 and HasVbmi say so.
+#pragma once
+
+#include "isa/common.h"
+
+namespace {
+
+// 16 floats.
+struct vf {
+  __m512 v;
+};
+LC_INLINE vf vset1(float x) { return {_mm512_set1_ps(x)}; }
+LC_INLINE vf vload(const float* p) { return {_mm512_loadu_ps(p)}; }
+LC_INLINE vf vload_n(const float* p, int n) {
+  return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p)};
+}
+LC_INLINE void vstore(float* p, vf a) { _mm512_storeu_ps(p, a.v); }
+LC_INLINE void vstore_n(float* p, vf a, int n) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), a.v);
+}
+LC_INLINE vf vload_i32(const int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
+// fp32(a + b) of 16 int32 sums.
+LC_INLINE vf vload_i32_sum(const int32_t* a, const int32_t* b) {
+  return {_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_loadu_si512(a), _mm512_loadu_si512(b)))};
+}
+LC_INLINE vf widen_bf16(__m256i h) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+}
+LC_INLINE vf vload_bf16(const bf16* p) {
+  return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+LC_INLINE vf vload_bf16_n(const bf16* p, int n) {
+  return widen_bf16(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p));
+}
+LC_INLINE __m256i narrow_bf16(vf a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i lsb = _mm512_and_epi32(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i r = _mm512_add_epi32(bits, _mm512_add_epi32(lsb, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  r = _mm512_mask_or_epi32(r, nan, bits, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
+}
+LC_INLINE void vstore_bf16(bf16* p, vf a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(a));
+}
+LC_INLINE void vstore_bf16_n(bf16* p, vf a, int n) {
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), narrow_bf16(a));
+}
+LC_INLINE vf vadd(vf a, vf b) { return {_mm512_add_ps(a.v, b.v)}; }
+LC_INLINE vf vsub(vf a, vf b) { return {_mm512_sub_ps(a.v, b.v)}; }
+LC_INLINE vf vmul(vf a, vf b) { return {_mm512_mul_ps(a.v, b.v)}; }
+LC_INLINE vf vdiv(vf a, vf b) { return {_mm512_div_ps(a.v, b.v)}; }
+LC_INLINE vf vfma(vf a, vf b, vf c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+LC_INLINE vf vmax(vf a, vf b) { return {_mm512_max_ps(a.v, b.v)}; }
+LC_INLINE vf vmin(vf a, vf b) { return {_mm512_min_ps(a.v, b.v)}; }
+LC_INLINE vf vabs(vf a) { return {_mm512_abs_ps(a.v)}; }
+LC_INLINE float vhsum(vf a) { return _mm512_reduce_add_ps(a.v); }
+LC_INLINE float vhmax(vf a) { return _mm512_reduce_max_ps(a.v); }
+// Nearest integers, halves to even.
+LC_INLINE vf vround(vf a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+// a * 2^n for integral n.
+LC_INLINE vf vscale2(vf a, vf n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+// Values at even and odd places of 32 consecutive floats.
+LC_INLINE void vsplit_pairs(vf a, vf b, vf& even, vf& odd) {
+  const __m512i ie = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i io = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  even.v = _mm512_permutex2var_ps(a.v, ie, b.v);
+  odd.v = _mm512_permutex2var_ps(a.v, io, b.v);
+}
+LC_INLINE void vprefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+// Stores round(v) as the int8 activation form of this tier: unsigned, +128.
+using I8Act = uint8_t;
+constexpr int kI8ActBias = 128;
+LC_INLINE void vstore_i8act(I8Act* p, vf rounded) {
+  const __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(rounded.v), _mm512_set1_epi32(128));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(q));
+}
+
+// Sixteen rows of 16 dwords -> their transpose, stored as 16 lines of 64 bytes.
+LC_INLINE void transpose_16x16(const __m512i r[16], uint8_t* dst) {
+  __m512i t[16], u[16];
+  LC_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  LC_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    u[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    u[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    u[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    u[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  // u[4g + c] lane l holds column 4l + c of rows 4g..4g+3.
+  LC_UNROLL
+  for (int c = 0; c < 4; ++c) {
+    const __m512i a = _mm512_shuffle_i32x4(u[c], u[4 + c], 0x44);
+    const __m512i b = _mm512_shuffle_i32x4(u[c], u[4 + c], 0xee);
+    const __m512i d = _mm512_shuffle_i32x4(u[8 + c], u[12 + c], 0x44);
+    const __m512i e = _mm512_shuffle_i32x4(u[8 + c], u[12 + c], 0xee);
+    _mm512_storeu_si512(dst + (0 * 4 + c) * 64, _mm512_shuffle_i32x4(a, d, 0x88));
+    _mm512_storeu_si512(dst + (1 * 4 + c) * 64, _mm512_shuffle_i32x4(a, d, 0xdd));
+    _mm512_storeu_si512(dst + (2 * 4 + c) * 64, _mm512_shuffle_i32x4(b, e, 0x88));
+    _mm512_storeu_si512(dst + (3 * 4 + c) * 64, _mm512_shuffle_i32x4(b, e, 0xdd));
+  }
+}
+// 16 rows, 64 bytes of each (row i at rows[i]), to 16 lines: line j = dword j of every row.
+LC_INLINE void transpose_block(const uint8_t* const* rows, size_t offset, uint8_t* dst) {
+  __m512i r[16];
+  LC_UNROLL
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows[i] + offset);
+  transpose_16x16(r, dst);
+}
+// Two rows of 16 bf16 -> one line of 16 pairs.
+LC_INLINE void interleave_rows(const bf16* a, const bf16* b, uint8_t* dst) {
+  const __m512i lo = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a)));
+  const __m512i hi = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
+  _mm512_storeu_si512(dst, _mm512_or_epi32(lo, _mm512_slli_epi32(hi, 16)));
+}
+
+// Two bf16 lines: k 0..1 and k 2..3 of one line of byte codes.
+struct WideLine {
+  __m512i k01, k23;
+};
+
+template <bool HasBf16, bool HasVbmi>
+struct Avx512 {
+  static constexpr bool kBf16Act = HasBf16;  // bf16-like formats take bf16 activations, else fp32
+  static constexpr bool kTiles = false;
+  // Most rows of a register tile of `np` panels.
+  template <Format F>
+  static constexpr int max_rows(int np) {
+    return np == 4 ? 6 : 12;
+  }
+
+  LC_INLINE WideLine widen_fp8(__m512i codes) {
+    const __m512i zero = _mm512_setzero_si512();
+    if constexpr (HasVbmi) {
+      const __m512i l0 = _mm512_load_si512(kFp8.low), l1 = _mm512_load_si512(kFp8.low + 64);
+      const __m512i h0 = _mm512_load_si512(kFp8.high), h1 = _mm512_load_si512(kFp8.high + 64);
+      const __m512i low = _mm512_permutex2var_epi8(l0, codes, l1);
+      __m512i high = _mm512_permutex2var_epi8(h0, codes, h1);
+      // high | (codes & 0x80)
+      high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);
+      return {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
+    } else {
+      return {widen_words(_mm512_unpacklo_epi8(codes, zero)),
+              widen_words(_mm512_unpackhi_epi8(codes, zero))};
+    }
+  }
+  LC_INLINE __m512i widen_words(__m512i w) {
+    const __m512i t0 = _mm512_load_si512(kFp8.word), t1 = _mm512_load_si512(kFp8.word + 32);
+    const __m512i t2 = _mm512_load_si512(kFp8.word + 64), t3 = _mm512_load_si512(kFp8.word + 96);
+    const __m512i a = _mm512_permutex2var_epi16(t0, w, t1);
+    const __m512i b = _mm512_permutex2var_epi16(t2, w, t3);
+    const __mmask32 upper = _mm512_test_epi16_mask(w, _mm512_set1_epi16(0x40));
+    const __m512i mag = _mm512_mask_blend_epi16(upper, a, b);
+    const __m512i sign = _mm512_slli_epi16(_mm512_and_si512(w, _mm512_set1_epi16(0x80)), 8);
+    return _mm512_or_si512(mag, sign);
+  }
+  // int8 codes to bf16: every int8 is exact in bf16.
+  LC_INLINE WideLine widen_int8(__m512i codes) {
+    const __m512i zero = _mm512_setzero_si512();
+    // Sign-extended words, in the order that unpacking gives.
+    const __m512i lo = _mm512_srai_epi16(_mm512_unpacklo_epi8(zero, codes), 8);
+    const __m512i hi = _mm512_srai_epi16(_mm512_unpackhi_epi8(zero, codes), 8);
+    return {int16_to_bf16(lo), int16_to_bf16(hi)};
+  }
+  LC_INLINE __m512i int16_to_bf16(__m512i w) {
+    const __m512i even = _mm512_srai_epi32(_mm512_slli_epi32(w, 16), 16);
+    const __m512i odd = _mm512_srai_epi32(w, 16);
+    const __m512i e = _mm512_castps_si512(_mm512_cvtepi32_ps(even));
+    const __m512i o = _mm512_castps_si512(_mm512_cvtepi32_ps(odd));
+    return _mm512_or_si512(_mm512_srli_epi32(e, 16),
+                           _mm512_and_si512(o, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+  }
+  template <Format F>
+  LC_INLINE WideLine widen(const uint8_t* p) {
+    const __m512i codes = _mm512_loadu_si512(p);
+    if constexpr (F == Format::FP8)
+      return widen_fp8(codes);
+    else
+      return widen_int8(codes);
+  }
+  // One line of codes to two bf16 lines in memory.
+  template <Format F>
+  LC_INLINE void widen_to(const uint8_t* p, uint8_t* dst) {
+    const WideLine w = widen<F>(p);
+    _mm512_storeu_si512(dst, w.k01);
+    _mm512_storeu_si512(dst + 64, w.k23);
+  }
+
+  LC_INLINE __m512 dot2(__m512 acc, __m512i line, const uint8_t* a) {
+    if constexpr (HasBf16) {
+      int pair;
+      std::memcpy(&pair, a, 4);
+      return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)line);
+    } else {
+      const float* f = reinterpret_cast<const float*>(a);
+      const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(line, 16));
+      const __m512 odd = _mm512_castsi512_ps(
+          _mm512_and_si512(line, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+      acc = _mm512_fmadd_ps(_mm512_set1_ps(f[0]), even, acc);
+      return _mm512_fmadd_ps(_mm512_set1_ps(f[1]), odd, acc);
+    }
+  }
+  static constexpr int kPairBytes = HasBf16 ? 4 : 8;  // two activations
+
+  // How one line of a format is read and multiplied. Acc: 16 sums, one a row of the panel.
+  template <Format F>
+  struct Unit {
+    static constexpr bool kInt = F == Format::INT8;
+    static constexpr bool kWide = F == Format::FP8 || F == Format::INT8_WIDE;
+    static constexpr int kActBytes = F == Format::INT8  ? 4
+                                     : F == Format::F32 ? 4
+                                     : kWide            ? 2 * kPairBytes
+                                                        : kPairBytes;
+    struct Acc {
+      __m512 f;
+      __m512i i;
+    };
+    struct Line {
+      __m512i a, b;
+    };
+    LC_INLINE void zero(Acc& acc) {
+      if constexpr (kInt)
+        acc.i = _mm512_setzero_si512();
+      else
+        acc.f = _mm512_setzero_ps();
+    }
+    LC_INLINE Line load(const uint8_t* p) {
+      if constexpr (kWide) {
+        const WideLine w = widen<F>(p);
+        return {w.k01, w.k23};
+      } else {
+        return {_mm512_loadu_si512(p), _mm512_setzero_si512()};
+      }
+    }
+    LC_INLINE void fma(Acc& acc, const Line& line, const uint8_t* a) {
+      if constexpr (kInt) {
+        int four;
+        std::memcpy(&four, a, 4);
+        acc.i = _mm512_dpbusd_epi32(acc.i, _mm512_set1_epi32(four), line.a);
+      } else if constexpr (F == Format::F32) {
+        float x;
+        std::memcpy(&x, a, 4);
+        acc.f = _mm512_fmadd_ps(_mm512_set1_ps(x), _mm512_castsi512_ps(line.a), acc.f);
+      } else {
+        acc.f = dot2(acc.f, line.a, a);
+        if constexpr (kWide) acc.f = dot2(acc.f, line.b, a + kPairBytes);
+      }
+    }
+    LC_INLINE void store(const Acc& acc, float* c) {
+      if constexpr (kInt)
+        _mm512_storeu_si512(c, acc.i);
+      else
+        _mm512_storeu_ps(c, acc.f);
+    }
+  };
+};
+
+}  // namespace

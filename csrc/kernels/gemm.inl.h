@@ -1,0 +1,439 @@
+// Products of activations with packed weight panels: the one matrix routine of every kernel.
+//
+// Order of accumulation: each result is one chain over K (AVX2: one for even, one for odd k), in
+// FP8 one chain a 128-block, blocks added in order. It depends on tier, format and K alone, never
+// on how many rows there are or how they are tiled.
+#pragma once
+
+#include "kernels/args.h"
+
+namespace {
+
+constexpr int64_t kPrefetchBytes = 2048;
+constexpr int kTileCols = 64;   // columns of the result buffer that a sink sees
+
+// Activations ready for a product: row m, 64-byte (AVX2: up to 128-byte) block b of K stands at
+// base + (m / 16) * group_stride + (m % 16) * row_stride + b * block_stride.
+struct Act {
+  uint8_t* base;
+  float* scale;  // one a row; INT8 only
+  int64_t row_stride, block_stride, group_stride;
+
+  uint8_t* row(int64_t m) const { return base + m / 16 * group_stride + m % 16 * row_stride; }
+  Act from(int64_t m) const {  // m a multiple of 16, or any m in row-major layouts
+    return {row(m), scale == nullptr ? nullptr : scale + m, row_stride, block_stride, group_stride};
+  }
+};
+
+// Bytes of one element of the prepared activations.
+template <class Isa>
+constexpr int act_bytes(Format f) {
+  if (f == Format::INT8) return sizeof(I8Act);
+  if (f == Format::F32) return 4;
+  return Isa::kBf16Act ? 2 : 4;
+}
+// K elements in one block: 16 lines of a panel (8 of a byte-coded bf16-like format).
+constexpr int block_k(Format f) { return static_cast<int>(k_multiple(f)); }
+
+template <class Isa>
+int64_t act_size(Format f, int64_t rows, int64_t k) {
+  const int64_t kp = round_up(k, block_k(f)), row = kp * act_bytes<Isa>(f);
+  const int64_t groups = ceil_div(rows, 16);
+  const int64_t bytes = Isa::kTiles && f != Format::F32 ? groups * 16 * row : groups * 16 * (row + 64);
+  return round_up(bytes, 64) + round_up(4 * groups * 16, 64);
+}
+template <class Isa>
+Act act_at(Format f, uint8_t* mem, int64_t rows, int64_t k) {
+  const int64_t kp = round_up(k, block_k(f)), row = kp * act_bytes<Isa>(f);
+  const int64_t groups = ceil_div(rows, 16);
+  Act a;
+  a.base = mem;
+  if (Isa::kTiles && f != Format::F32) {
+    a.row_stride = 64;
+    a.block_stride = 1024;
+    a.group_stride = 16 * row;
+  } else {
+    a.row_stride = row + 64;  // keeps rows of power-of-two width off the same cache sets
+    a.block_stride = static_cast<int64_t>(block_k(f)) * act_bytes<Isa>(f);
+    a.group_stride = 16 * a.row_stride;
+  }
+  a.scale = reinterpret_cast<float*>(mem + round_up(groups * a.group_stride, 64));
+  return a;
+}
+
+// Writes 16 values at k (a multiple of 16) of row m in the form that bf16-like formats multiply.
+template <class Isa>
+LC_INLINE void act_store16(const Act& a, int64_t m, int64_t k, vf v) {
+  constexpr int kBlock = 32;
+  uint8_t* p = a.row(m) + k / kBlock * a.block_stride;
+  if constexpr (Isa::kBf16Act)
+    vstore_bf16(reinterpret_cast<bf16*>(p) + k % kBlock, v);
+  else {
+    // Rounded to bf16 as well: every tier multiplies the same values.
+    bf16 t[16];
+    vstore_bf16(t, v);
+    vstore(reinterpret_cast<float*>(p) + k % kBlock, vload_bf16(t));
+  }
+}
+
+// Symmetric int8 by row: s = max|x| / 127, q = round-half-even(x / s); a row of zeros gives zeros.
+template <class Isa>
+void act_quantize_row(const Act& a, int64_t m, const bf16* x, int64_t k) {
+  vf top = vset1(0.0f);
+  int64_t i = 0;
+  for (; i + 16 <= k; i += 16) top = vmax(top, vabs(vload_bf16(x + i)));
+  if (i < k) top = vmax(top, vabs(vload_bf16_n(x + i, static_cast<int>(k - i))));
+  const float s = vhmax(top) / 127.0f;
+  a.scale[m] = s;
+  const vf vs = vset1(s > 0.0f ? s : 1.0f), lim = vset1(127.0f), neg = vset1(-127.0f);
+  uint8_t* row = a.row(m);
+  const int64_t kp = round_up(k, 64);
+  for (i = 0; i < kp; i += 16) {
+    vf v = vset1(0.0f);
+    if (i + 16 <= k)
+      v = vload_bf16(x + i);
+    else if (i < k)
+      v = vload_bf16_n(x + i, static_cast<int>(k - i));
+    const vf q = vmax(neg, vmin(lim, vround(vdiv(v, vs))));
+    vstore_i8act(reinterpret_cast<I8Act*>(row + i / 64 * a.block_stride) + i % 64, q);
+  }
+}
+
+// One row of bf16 activations in the form that format f multiplies.
+template <class Isa>
+void act_prepare_row(Format f, const Act& a, int64_t m, const bf16* x, int64_t k) {
+  if (f == Format::INT8) return act_quantize_row<Isa>(a, m, x, k);
+  const int64_t kp = round_up(k, block_k(f));
+  for (int64_t i = 0; i < kp; i += 16) {
+    vf v = vset1(0.0f);
+    if (i + 16 <= k)
+      v = vload_bf16(x + i);
+    else if (i < k)
+      v = vload_bf16_n(x + i, static_cast<int>(k - i));
+    if (f == Format::F32)
+      vstore(reinterpret_cast<float*>(a.row(m)) + i, v);
+    else
+      act_store16<Isa>(a, m, i, v);
+  }
+}
+// The same from fp32, for bf16-like formats; `column_scale` (may be null) multiplies first.
+template <class Isa>
+void act_prepare_row_f32(const Act& a, int64_t m, const float* x, const float* column_scale, int64_t k) {
+  const int64_t kp = round_up(k, 32);
+  for (int64_t i = 0; i < kp; i += 16) {
+    vf v = vset1(0.0f);
+    const int n = static_cast<int>(tmin<int64_t>(16, k - i));
+    if (n > 0) {
+      v = n == 16 ? vload(x + i) : vload_n(x + i, n);
+      if (column_scale != nullptr) v = vmul(v, vload_n(column_scale + i, n));
+    }
+    act_store16<Isa>(a, m, i, v);
+  }
+}
+
+// ---- register tiles ---------------------------------------------------------------------------
+
+// c[m][p*16 + r] for M rows and NP panels over `blocks` blocks of K, starting from zero.
+template <class Isa, Format F, int M, int NP>
+void tile(const Act& a, const uint8_t* w, int64_t panel_stride, int64_t blocks, float* c) {
+  using U = typename Isa::template Unit<F>;
+  constexpr int kLines = block_k(F) / k_per_line(F);
+  typename U::Acc acc[M][NP];
+  LC_UNROLL
+  for (int m = 0; m < M; ++m)
+    LC_UNROLL
+    for (int p = 0; p < NP; ++p) U::zero(acc[m][p]);
+  const uint8_t* row[M];
+  LC_UNROLL
+  for (int m = 0; m < M; ++m) row[m] = a.base + m * a.row_stride;
+  const int64_t step = a.block_stride;
+  constexpr int64_t kBlockBytes = kLines * 64;
+  // Near a panel's end the lines to fetch next are those of the panels behind this group.
+  const int64_t turn = blocks - kPrefetchBytes / kBlockBytes;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t ahead = kPrefetchBytes + (b < turn ? 0 : (NP - 1) * panel_stride);
+#pragma GCC unroll 4
+    for (int u = 0; u < kLines; ++u) {
+      typename U::Line line[NP];
+      LC_UNROLL
+      for (int p = 0; p < NP; ++p) {
+        const uint8_t* src = w + p * panel_stride + u * 64;
+        if constexpr (M <= 6) vprefetch(src + ahead);
+        line[p] = U::load(src);
+      }
+      LC_UNROLL
+      for (int m = 0; m < M; ++m)
+        LC_UNROLL
+        for (int p = 0; p < NP; ++p) U::fma(acc[m][p], line[p], row[m] + u * U::kActBytes);
+    }
+    w += kBlockBytes;
+    LC_UNROLL
+    for (int m = 0; m < M; ++m) row[m] += step;
+  }
+  LC_UNROLL
+  for (int m = 0; m < M; ++m)
+    LC_UNROLL
+    for (int p = 0; p < NP; ++p) U::store(acc[m][p], c + m * kTileCols + p * 16);
+}
+
+using TileFn = void (*)(const Act&, const uint8_t*, int64_t, int64_t, float*);
+
+template <class Isa, Format F, int NP, int M>
+constexpr TileFn tile_or_null() {
+  if constexpr (M >= 1 && M <= Isa::template max_rows<F>(NP))
+    return &tile<Isa, F, M, NP>;
+  else
+    return nullptr;
+}
+template <class Isa, Format F, int NP>
+TileFn tile_for(int m) {
+  static constexpr TileFn table[13] = {
+      nullptr,
+      tile_or_null<Isa, F, NP, 1>(),  tile_or_null<Isa, F, NP, 2>(),  tile_or_null<Isa, F, NP, 3>(),
+      tile_or_null<Isa, F, NP, 4>(),  tile_or_null<Isa, F, NP, 5>(),  tile_or_null<Isa, F, NP, 6>(),
+      tile_or_null<Isa, F, NP, 7>(),  tile_or_null<Isa, F, NP, 8>(),  tile_or_null<Isa, F, NP, 9>(),
+      tile_or_null<Isa, F, NP, 10>(), tile_or_null<Isa, F, NP, 11>(), tile_or_null<Isa, F, NP, 12>()};
+  return table[m];
+}
+template <class Isa, Format F>
+LC_INLINE void run_tile(int m, int np, const Act& a, const uint8_t* w, int64_t stride, int64_t blocks,
+                        float* c) {
+  if (np == 4) return tile_for<Isa, F, 4>(m)(a, w, stride, blocks, c);
+  if (np == 2) return tile_for<Isa, F, 2>(m)(a, w, stride, blocks, c);
+  tile_for<Isa, F, 1>(m)(a, w, stride, blocks, c);
+}
+
+// ---- epilogues --------------------------------------------------------------------------------
+
+// fp32(acc + compensation) * activation scale * weight scale: this order, no contraction, so the
+// result is the same on every tier.
+LC_INLINE void finish_int8(float* c, int m, int np, const uint8_t* w, int64_t stride, int64_t lines,
+                           const float* act_scale) {
+  for (int p = 0; p < np; ++p) {
+    const uint8_t* tail = w + p * stride + lines * 64;
+    const vf ws = vload(reinterpret_cast<const float*>(tail));
+    const int32_t* comp = reinterpret_cast<const int32_t*>(tail + 64);
+    for (int i = 0; i < m; ++i) {
+      float* at = c + i * kTileCols + p * 16;
+      const int32_t* sums = reinterpret_cast<const int32_t*>(at);
+      const vf s = kI8ActBias != 0 ? vload_i32_sum(sums, comp) : vload_i32(sums);
+      vstore(at, vmul(vmul(s, vset1(act_scale[i])), ws));
+    }
+  }
+}
+LC_INLINE void finish_wide(float* c, int m, int np, const uint8_t* w, int64_t stride, int64_t lines) {
+  for (int p = 0; p < np; ++p) {
+    const vf ws = vload(reinterpret_cast<const float*>(w + p * stride + lines * 64));
+    for (int i = 0; i < m; ++i) {
+      float* at = c + i * kTileCols + p * 16;
+      vstore(at, vmul(vload(at), ws));
+    }
+  }
+}
+// total (+)= sums of one 128-block * its scale.
+LC_INLINE void add_block(float* total, const float* sums, int m, int np, const float* scale,
+                         int64_t scale_stride, bool first) {
+  for (int p = 0; p < np; ++p) {
+    const vf s = vset1(scale[p * scale_stride]);
+    for (int i = 0; i < m; ++i) {
+      float* t = total + i * kTileCols + p * 16;
+      const vf v = vload(sums + i * kTileCols + p * 16);
+      vstore(t, first ? vmul(v, s) : vfma(v, s, vload(t)));
+    }
+  }
+}
+
+// ---- driver -----------------------------------------------------------------------------------
+
+// One matrix of a packed weight.
+struct Panels {
+  Format format;
+  const uint8_t* base;  // first panel
+  int64_t stride;       // bytes from panel to panel
+  int64_t lines;        // 64-byte lines of a panel
+  const float* column_scale;  // INT8_WIDE: multiplies the activations, [k]; else null
+};
+LC_INLINE Panels panels_of(const Weight& w, int64_t item) {
+  const Layout& l = w.layout;
+  const uint8_t* base = w.data + kHeaderBytes + item * l.item_stride();
+  const float* cs = l.format == Format::INT8_WIDE
+                        ? reinterpret_cast<const float*>(base + l.column_scale_offset())
+                        : nullptr;
+  return {l.format, base, l.panel_stride(), l.lines(), cs};
+}
+
+// Receives finished tiles: row i and panel q of a tile, fp32 and fully scaled, stand at
+// c[i * kTileCols + q * 16 ...]; the tile begins at row m0 and at panel `panel`.
+struct Sink {
+  void (*fn)(void* self, int64_t m0, int m, int64_t panel, int np, float* c);
+  void* self;
+  void operator()(int64_t m0, int m, int64_t panel, int np, float* c) const {
+    fn(self, m0, m, panel, np, c);
+  }
+};
+template <class F>
+Sink sink_of(F& f) {
+  return {[](void* self, int64_t m0, int m, int64_t panel, int np, float* c) {
+            (*static_cast<F*>(self))(m0, m, panel, np, c);
+          },
+          &f};
+}
+
+constexpr bool byte_coded(Format f) { return f == Format::FP8 || f == Format::INT8_WIDE; }
+
+// Epilogue of one tile whose rows are the first `m` of `act_scale`.
+template <Format F>
+LC_INLINE void finish(const Panels& w, const uint8_t* panel, int np, const float* act_scale, int m,
+                      float* c) {
+  if constexpr (F == Format::INT8) finish_int8(c, m, np, panel, w.stride, w.lines, act_scale);
+  if constexpr (F == Format::INT8_WIDE) finish_wide(c, m, np, panel, w.stride, w.lines);
+}
+
+LC_INLINE const float* block_scale(const Panels& w, const uint8_t* panel, int64_t block) {
+  return reinterpret_cast<const float*>(panel + w.lines * 64) + block;
+}
+
+// `np` (4, 2 or 1) panels by `m` rows of one register tile, scaled, into c.
+template <class Isa, Format F>
+void tile_product(const Panels& w, const uint8_t* panel, int np, const Act& a, int m, float* c) {
+  constexpr int64_t kBlockBytes = block_k(F) / k_per_line(F) * 64;
+  const int64_t blocks = w.lines * 64 / kBlockBytes;
+  if constexpr (F == Format::FP8) {
+    alignas(64) float sums[12 * kTileCols];
+    constexpr int64_t kPer = kFp8Block / 32;
+    for (int64_t b = 0; b < blocks; b += kPer) {
+      Act at = a;
+      at.base += b * a.block_stride;
+      run_tile<Isa, F>(m, np, at, panel + b * kBlockBytes, w.stride, tmin(kPer, blocks - b), sums);
+      add_block(c, sums, m, np, block_scale(w, panel, b / kPer), w.stride / 4, b == 0);
+    }
+  } else {
+    run_tile<Isa, F>(m, np, a, panel, w.stride, blocks, c);
+  }
+  finish<F>(w, panel, np, a.scale, m, c);
+}
+
+// Widens lines [line0, line0 + lines) of `np` panels of byte codes to bf16 lines.
+template <class Isa, Format F>
+void widen_panels(const Panels& w, const uint8_t* panel, int np, int64_t line0, int64_t lines,
+                  uint8_t* dst, int64_t dst_stride) {
+  for (int p = 0; p < np; ++p)
+    for (int64_t l = 0; l < lines; ++l) {
+      const uint8_t* src = panel + p * w.stride + (line0 + l) * 64;
+      vprefetch(src + kPrefetchBytes);
+      Isa::template widen_to<F>(src, dst + p * dst_stride + l * 128);
+    }
+}
+
+// Rows above which byte codes are widened once for many rows, not once a register tile.
+constexpr int64_t kWidenRows = 12;
+constexpr int64_t kRowBlock = 192;  // rows whose sums are held while K is walked; a multiple of 16
+constexpr int64_t kWideLines = kFp8Block / 4;              // lines of codes in a 128-block
+constexpr int64_t kWideStride = kWideLines * 128;          // a widened panel of one 128-block
+
+// FP8 panels by many rows: K is walked in blocks of 128, each widened once.
+template <class Isa>
+void widened_product(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64_t m, const Sink& sink) {
+  alignas(64) uint8_t wide[2 * kWideStride];
+  alignas(64) float total[kRowBlock * kTileCols];
+  alignas(64) float sums[12 * kTileCols];
+  constexpr int kNp = Isa::template max_rows<Format::BF16>(2) >= 3 ? 2 : 1;
+  constexpr int64_t kCap = Isa::template max_rows<Format::BF16>(kNp);
+  for (int64_t i0 = 0; i0 < m; i0 += kRowBlock) {
+    const int64_t mi = tmin(kRowBlock, m - i0);
+    const int64_t rows = ceil_div(mi, ceil_div(mi, kCap));
+    for (int64_t p = p0; p < p1; p += 2) {
+      const int np = static_cast<int>(tmin<int64_t>(2, p1 - p));
+      const uint8_t* panel = w.base + p * w.stride;
+      for (int64_t line = 0, blk = 0; line < w.lines; line += kWideLines, ++blk) {
+        const int64_t lines = tmin(kWideLines, w.lines - line);
+        widen_panels<Isa, Format::FP8>(w, panel, np, line, lines, wide, kWideStride);
+        const int64_t blocks = lines / 8;  // of 32 k
+        for (int64_t i = 0; i < mi; i += rows) {
+          const int mb = static_cast<int>(tmin(rows, mi - i));
+          Act at = a.from(i0 + i);
+          at.base += blk * (kFp8Block / 32) * a.block_stride;
+          for (int q = 0; q < np; q += tmin(kNp, np - q))
+            run_tile<Isa, Format::BF16>(mb, tmin(kNp, np - q), at, wide + q * kWideStride, kWideStride,
+                                        blocks, sums + q * 16);
+          add_block(total + i * kTileCols, sums, mb, np, block_scale(w, panel, blk), w.stride / 4,
+                    blk == 0);
+        }
+      }
+      for (int64_t i = 0; i < mi; i += rows) {
+        const int mb = static_cast<int>(tmin(rows, mi - i));
+        sink(i0 + i, mb, p, np, total + i * kTileCols);
+      }
+    }
+  }
+}
+
+// Panels [p0, p1) by `m` rows on vector registers. `multiple` 2 keeps pairs of panels (gate, up) in
+// one tile; p0 and p1 are then even.
+template <class Isa, Format F>
+void vector_product(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64_t m, int multiple,
+                    const Sink& sink) {
+  if constexpr (F == Format::FP8) {
+    if (m > kWidenRows) return widened_product<Isa>(w, p0, p1, a, m, sink);
+  }
+  alignas(64) float c[12 * kTileCols];
+  // Panels a register tile: as many as still hold all rows, else two (one where registers are few).
+  int reg = 1;
+  if (Isa::template max_rows<F>(4) >= m)
+    reg = 4;
+  else if (Isa::template max_rows<F>(2) >= m ||
+           Isa::template max_rows<F>(2) >= Isa::template max_rows<F>(1))
+    reg = 2;
+  const int64_t cap = Isa::template max_rows<F>(reg);
+  const int64_t rows = ceil_div(m, ceil_div(m, cap));
+  const int group = tmax(reg, multiple);
+  for (int64_t p = p0; p < p1; p += group) {
+    const int np = static_cast<int>(tmin<int64_t>(group, p1 - p));
+    const uint8_t* panel = w.base + p * w.stride;
+    for (int64_t i = 0; i < m; i += rows) {
+      const int mb = static_cast<int>(tmin(rows, m - i));
+      for (int q = 0; q < np;) {
+        int use = tmin(reg, np - q);
+        if (use == 3) use = 2;
+        tile_product<Isa, F>(w, panel + q * w.stride, use, a.from(i), mb, c + q * 16);
+        q += use;
+      }
+      sink(i, mb, p, np, c);
+    }
+  }
+}
+
+template <class Isa, Format F>
+void product(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64_t m, int multiple,
+             const Sink& sink) {
+  if constexpr (Isa::kTiles && F != Format::F32)
+    Isa::template tile_product<F>(w, p0, p1, a, m, multiple, sink);
+  else
+    vector_product<Isa, F>(w, p0, p1, a, m, multiple, sink);
+}
+
+template <class Isa>
+void gemm(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64_t m, int multiple,
+          const Sink& sink) {
+  if (p0 >= p1 || m <= 0) return;
+  switch (w.format) {
+    case Format::F32: return product<Isa, Format::F32>(w, p0, p1, a, m, multiple, sink);
+    case Format::BF16: return product<Isa, Format::BF16>(w, p0, p1, a, m, multiple, sink);
+    case Format::INT8: return product<Isa, Format::INT8>(w, p0, p1, a, m, multiple, sink);
+    case Format::FP8: return product<Isa, Format::FP8>(w, p0, p1, a, m, multiple, sink);
+    case Format::INT8_WIDE: return product<Isa, Format::INT8_WIDE>(w, p0, p1, a, m, multiple, sink);
+  }
+}
+
+// The contiguous share of `n` units that thread t of nt owns. The remainder begins at thread `turn`
+// (mod nt), so that over many matrices no thread carries it always.
+struct Range {
+  int64_t begin, end;
+};
+LC_INLINE Range owned(int64_t n, int tid, int nt, int64_t turn) {
+  const int64_t t = (tid + nt - turn % nt) % nt, base = n / nt, rest = n % nt;
+  const int64_t begin = t * base + tmin(t, rest);
+  return {begin, begin + base + (t < rest ? 1 : 0)};
+}
+
+}  // namespace

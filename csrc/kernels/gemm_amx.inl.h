@@ -1,0 +1,201 @@
+// Products on AMX tiles. A panel's 16 lines are one weight tile as they lie.
+#pragma once
+
+#include "kernels/gemm.inl.h"
+
+namespace {
+
+// The tile instructions name their registers in the assembly text, so these are macros. They do not
+// tell the compiler which memory they touch: a fence stands between ordinary accesses and them.
+#define LC_DOT(C, A, B)               \
+  do {                                \
+    if constexpr (F == Format::INT8)  \
+      _tile_dpbusd(C, A, B);          \
+    else                              \
+      _tile_dpbf16ps(C, A, B);        \
+  } while (0)
+LC_INLINE void tile_fence() { __asm__ volatile("" : : : "memory"); }
+
+LC_INLINE void prefetch_tile(const uint8_t* p) {
+  for (int l = 0; l < 16; ++l) vprefetch(p + l * 64);
+}
+
+// Up to 16 rows: one activation tile, four panels in flight.
+template <Format F>
+void tile_few_rows(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64_t m, const Sink& sink) {
+  alignas(64) float c[16 * kTileCols];
+  alignas(64) float sums[16 * kTileCols];
+  alignas(64) uint8_t wide[byte_coded(F) ? 4 * kWideStride : 64];
+  const int rows = static_cast<int>(m);
+  configure_tiles(rows);
+  tile_fence();
+  constexpr int64_t kTileBytes = 1024;
+  const int64_t tiles = w.lines * (byte_coded(F) ? 2 : 1) / 16;  // along K, of bf16 or int8
+  constexpr int64_t kChunk = kFp8Block / 32;
+  for (int64_t p = p0; p < p1; p += 4) {
+    const int np = static_cast<int>(tmin<int64_t>(4, p1 - p));
+    const uint8_t* panel = w.base + p * w.stride;
+    const int64_t turn = tiles - kPrefetchBytes / kTileBytes;
+    const auto zero = [] {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    };
+    const auto store = [np](float* to) {
+      constexpr int64_t stride = kTileCols * 4;
+      _tile_stored(0, to, stride);
+      if (np > 1) _tile_stored(1, to + 16, stride);
+      if (np > 2) _tile_stored(2, to + 32, stride);
+      if (np > 3) _tile_stored(3, to + 48, stride);
+      tile_fence();
+    };
+    const auto step = [np](const uint8_t* at, const uint8_t* b, int64_t stride) {
+      _tile_loadd(4, at, 64);
+      _tile_loadd(6, b, 64);
+      LC_DOT(0, 4, 6);
+      if (np > 1) {
+        _tile_loadd(7, b + stride, 64);
+        LC_DOT(1, 4, 7);
+      }
+      if (np > 2) {
+        _tile_loadd(6, b + 2 * stride, 64);
+        LC_DOT(2, 4, 6);
+      }
+      if (np > 3) {
+        _tile_loadd(7, b + 3 * stride, 64);
+        LC_DOT(3, 4, 7);
+      }
+    };
+    zero();
+    if constexpr (byte_coded(F)) {
+      for (int64_t t = 0; t < tiles; t += kChunk) {
+        const int64_t n = tmin(kChunk, tiles - t);
+        widen_panels<Amx, F>(w, panel, np, t * 8, n * 8, wide, kWideStride);
+        tile_fence();
+        for (int64_t j = 0; j < n; ++j)
+          step(a.base + (t + j) * a.block_stride, wide + j * kTileBytes, kWideStride);
+        if constexpr (F == Format::FP8) {
+          store(sums);
+          zero();
+          add_block(c, sums, rows, np, block_scale(w, panel, t / kChunk), w.stride / 4, t == 0);
+        }
+      }
+      if constexpr (F != Format::FP8) store(c);
+    } else {
+      for (int64_t t = 0; t < tiles; ++t) {
+        const uint8_t* b = panel + t * kTileBytes;
+        const int64_t ahead = kPrefetchBytes + (t < turn ? 0 : 3 * w.stride);
+        for (int q = 0; q < np; ++q) prefetch_tile(b + q * w.stride + ahead);
+        step(a.base + t * a.block_stride, b, w.stride);
+      }
+      store(c);
+    }
+    finish<F>(w, panel, np, a.scale, rows, c);
+    sink(0, rows, p, np, c);
+  }
+}
+
+// Many rows: 32 rows by 2 panels a time, K in chunks whose weights stay in the first-level cache while
+// all rows of a block pass over them.
+template <Format F>
+void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64_t m, const Sink& sink) {
+  constexpr int64_t kRows = 256;
+  constexpr int64_t kTileBytes = 1024, kStride = kTileCols * 4;
+  constexpr int64_t kChunk = byte_coded(F) ? kFp8Block / 32 : 16;
+  alignas(64) float total[kRows * kTileCols];
+  alignas(64) float sums[32 * kTileCols];
+  alignas(64) uint8_t wide[byte_coded(F) ? 2 * kWideStride : 64];
+  configure_tiles(16);
+  const int64_t tiles = w.lines * (byte_coded(F) ? 2 : 1) / 16;
+  for (int64_t i0 = 0; i0 < m; i0 += kRows) {
+    const int64_t mi = tmin(kRows, m - i0);
+    for (int64_t p = p0; p < p1; p += 2) {
+      const int np = static_cast<int>(tmin<int64_t>(2, p1 - p));
+      const uint8_t* panel = w.base + p * w.stride;
+      for (int64_t t = 0; t < tiles; t += kChunk) {
+        const int64_t n = tmin(kChunk, tiles - t);
+        const uint8_t* b = panel + t * kTileBytes;
+        int64_t b_stride = w.stride;
+        if constexpr (byte_coded(F)) {
+          widen_panels<Amx, F>(w, panel, np, t * 8, n * 8, wide, kWideStride);
+          b = wide;
+          b_stride = kWideStride;
+        }
+        tile_fence();
+        for (int64_t i = 0; i < mi; i += 32) {
+          const bool two = i + 16 < mi;
+          float* at = total + i * kTileCols;
+          if (F == Format::FP8 || t == 0) {
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+          } else {
+            _tile_loadd(0, at, kStride);
+            if (np > 1) _tile_loadd(1, at + 16, kStride);
+            if (two) _tile_loadd(2, at + 16 * kTileCols, kStride);
+            if (two && np > 1) _tile_loadd(3, at + 16 * kTileCols + 16, kStride);
+          }
+          const uint8_t* a0 = a.row(i0 + i) + t * a.block_stride;
+          const uint8_t* a1 = a0 + a.group_stride;
+          if (two && np > 1) {
+            for (int64_t j = 0; j < n; ++j) {
+              _tile_loadd(4, a0 + j * kTileBytes, 64);
+              _tile_loadd(6, b + j * kTileBytes, 64);
+              LC_DOT(0, 4, 6);
+              _tile_loadd(7, b + b_stride + j * kTileBytes, 64);
+              LC_DOT(1, 4, 7);
+              _tile_loadd(5, a1 + j * kTileBytes, 64);
+              LC_DOT(2, 5, 6);
+              LC_DOT(3, 5, 7);
+            }
+          } else {
+            for (int64_t j = 0; j < n; ++j) {
+              _tile_loadd(4, a0 + j * kTileBytes, 64);
+              _tile_loadd(6, b + j * kTileBytes, 64);
+              LC_DOT(0, 4, 6);
+              if (np > 1) {
+                _tile_loadd(7, b + b_stride + j * kTileBytes, 64);
+                LC_DOT(1, 4, 7);
+              }
+              if (two) {
+                _tile_loadd(5, a1 + j * kTileBytes, 64);
+                LC_DOT(2, 5, 6);
+                if (np > 1) LC_DOT(3, 5, 7);
+              }
+            }
+          }
+          float* to = F == Format::FP8 ? sums : at;
+          _tile_stored(0, to, kStride);
+          if (np > 1) _tile_stored(1, to + 16, kStride);
+          if (two) _tile_stored(2, to + 16 * kTileCols, kStride);
+          if (two && np > 1) _tile_stored(3, to + 16 * kTileCols + 16, kStride);
+          tile_fence();
+          if constexpr (F == Format::FP8)
+            add_block(at, sums, static_cast<int>(tmin<int64_t>(32, mi - i)), np,
+                      block_scale(w, panel, t / kChunk), w.stride / 4, t == 0);
+        }
+      }
+      for (int64_t i = 0; i < mi; i += 32) {
+        const int mb = static_cast<int>(tmin<int64_t>(32, mi - i));
+        float* c = total + i * kTileCols;
+        finish<F>(w, panel, np, a.scale == nullptr ? nullptr : a.scale + i0 + i, mb, c);
+        sink(i0 + i, mb, p, np, c);
+      }
+    }
+  }
+}
+
+template <Format F>
+void Amx::tile_product(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64_t m, int multiple,
+                       const Sink& sink) {
+  if (F == Format::INT8 && m <= kVnniRows)
+    vector_product<Amx, F>(w, p0, p1, a, m, multiple, sink);
+  else if (m <= 16)
+    tile_few_rows<F>(w, p0, p1, a, m, sink);
+  else
+    tile_many_rows<F>(w, p0, p1, a, m, sink);
+}
+
+}  // namespace

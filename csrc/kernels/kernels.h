@@ -1,0 +1,22 @@
+// The kernels of each tier.
+#pragma once
+
+#include "runtime/team.h"
+
+namespace lc {
+
+struct KernelTable {
+  Kernel linear, embedding, rms_norm, add_rms_norm, mla_input, mla_decode, mla_prefill, mlp, route, moe,
+      heads, pack;
+};
+
+const KernelTable& kernels_avx2();
+const KernelTable& kernels_avx512();
+const KernelTable& kernels_avx512_vbmi();
+const KernelTable& kernels_avx512_bf16();
+const KernelTable& kernels_avx512_bf16_vbmi();
+const KernelTable& kernels_amx();
+// The table of the tier in use.
+const KernelTable& kernels();
+
+}  // namespace lc

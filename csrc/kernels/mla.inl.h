@@ -1,0 +1,579 @@
+// Multi-head latent attention (DeepSeek-V2 technical report, section 2.1).
+#pragma once
+
+#include "kernels/dense.inl.h"
+
+namespace {
+
+constexpr int64_t kTileTokens = 128;   // tokens of the context that are attended at a time
+constexpr int64_t kSplitTokens = 512;  // tokens whose partial result is merged as one
+
+LC_INLINE const bf16* cache_row(const Cache& cache, const Places& at, int64_t seq, int64_t pos) {
+  const int64_t block = at.block_tables[seq * at.table_width + pos / cache.block_size];
+  return cache.data + (block * cache.block_size + pos % cache.block_size) * cache.dim;
+}
+
+// ---- input: projections, norms, rope, absorption, cache write ----------------------------------
+
+template <class Isa>
+struct MlaInputPlan {
+  int64_t q_rank, kv_rank, q_dim;
+  ActSlot<Isa> x_q, x_kv;
+  float* qa;   // [n, q_lora_rank]
+  float* kv;   // [n, latent + rope]
+  float* q;    // [n, heads * (nope + rope)]
+  ActSlot<Isa> qn;
+  bf16* normed;  // a row a thread
+  HeadsPlan<Isa> absorb;
+
+  static const Weight& first_q(const MlaInputArgs& a) { return a.lora ? a.q_a : a.q_b; }
+  MlaInputPlan(Bump& b, const MlaInputArgs& a, int nt)
+      : q_rank(a.lora ? a.q_a.layout.rows : 0),
+        kv_rank(a.kv_a.layout.rows),
+        q_dim(a.q_b.layout.rows),
+        x_q(b, nt, first_q(a).layout.format, a.n, a.hidden),
+        x_kv(b, nt, a.kv_a.layout.format, a.n, a.hidden),
+        qa(b.take<float>(a.n * q_rank)),
+        kv(b.take<float>(a.n * kv_rank)),
+        q(b.take<float>(a.n * q_dim)),
+        qn(b, nt, a.q_b.layout.format, a.n, a.q_b.layout.cols),
+        normed(b.take<bf16>(nt * round_up(q_rank + kv_rank, 32))),
+        absorb(b, a.w_kc.layout, tmax<int64_t>(a.absorbed, 1), nt) {}
+};
+
+// Norms the latent, ropes the shared key and writes both to the row's place in the cache.
+LC_INLINE void write_latent(const MlaInputArgs& a, int64_t i, const float* kv) {
+  const int64_t latent = a.shape.latent, rope = a.shape.rope, pos = a.places.positions[i];
+  bf16* to = const_cast<bf16*>(cache_row(a.cache, a.places, a.places.row_seq[i], pos));
+  norm_row(kv, a.kv_norm, a.eps, latent, to);
+  float key[1024];
+  rope_row(kv + latent, a.rope_table + pos * rope, rope, key);
+  for (int64_t j = 0; j < rope; ++j) to[latent + j] = float_to_bf16(key[j]);
+  for (int64_t j = latent + rope; j < a.cache.dim; ++j) to[j] = 0;
+}
+
+template <class Isa>
+void mla_input(const Ctx& ctx, const void* p) {
+  const auto& a = *static_cast<const MlaInputArgs*>(p);
+  Bump b{ctx.scratch};
+  MlaInputPlan<Isa> plan(b, a, ctx.nt);
+  const MlaShape& s = a.shape;
+
+  // Both projections of x, as one list of panels.
+  const Weight& wq = plan.first_q(a);
+  const Act xq = plan.x_q.fill(ctx, a.x, a.hidden);
+  const Act xkv =
+      a.kv_a.layout.format == wq.layout.format ? xq : plan.x_kv.fill(ctx, a.x, a.hidden);
+  float* q_to = a.lora ? plan.qa : plan.q;
+  auto store_q = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
+    store_tile_f32(q_to, wq.layout.rows, wq.layout.rows, m0, m, panel, np, c);
+  };
+  auto store_kv = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
+    store_tile_f32(plan.kv, plan.kv_rank, plan.kv_rank, m0, m, panel, np, c);
+  };
+  const int64_t pq = wq.layout.panels(), pkv = a.kv_a.layout.panels();
+  const Range r = owned(pq + pkv, ctx.tid, ctx.nt, 0);
+  gemm<Isa>(panels_of(wq, 0), r.begin, tmin(r.end, pq), xq, a.n, 1, sink_of(store_q));
+  gemm<Isa>(panels_of(a.kv_a, 0), tmax(r.begin, pq) - pq, r.end - pq, xkv, a.n, 1, sink_of(store_kv));
+  ctx.barrier();
+
+  // Norms. The last threads take the latents, so that the first are free for the queries.
+  const Range kv_rows = owned(a.n, ctx.nt - 1 - ctx.tid, ctx.nt, 0);
+  for (int64_t i = kv_rows.begin; i < kv_rows.end; ++i) write_latent(a, i, plan.kv + i * plan.kv_rank);
+  if (a.lora) {
+    bf16* row = plan.normed + ctx.tid * round_up(plan.q_rank + plan.kv_rank, 32);
+    const Act qn = plan.qn.act(ctx.tid);
+    const Range rows = plan.qn.share(ctx);
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      norm_row(plan.qa + i * plan.q_rank, a.q_norm, a.eps, plan.q_rank, row);
+      act_prepare_row<Isa>(a.q_b.layout.format, qn, i, row, plan.q_rank);
+    }
+    plan.qn.meet(ctx);
+    auto store = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
+      store_tile_f32(plan.q, plan.q_dim, plan.q_dim, m0, m, panel, np, c);
+    };
+    const Range rq = owned(a.q_b.layout.panels(), ctx.tid, ctx.nt, 1);
+    gemm<Isa>(panels_of(a.q_b, 0), rq.begin, rq.end, qn, a.n, 1, sink_of(store));
+    ctx.barrier();
+  }
+
+  // Heads: rope, then absorption by w_kc (decode rows) or plain queries (prefill rows).
+  const int64_t dim = s.nope + s.rope;
+  const Layout& l = a.w_kc.layout;
+  const Act qh = act_at<Isa>(l.format, plan.absorb.act + ctx.tid * plan.absorb.bytes,
+                             tmax<int64_t>(a.absorbed, 1), s.nope);
+  each_unit(ctx, s.heads, l.panels(), [&](int64_t h, int64_t p0, int64_t p1) {
+    const Panels w = panels_of(a.w_kc, h);
+    float key[1024];
+    if (p0 == 0) {
+      for (int64_t i = 0; i < a.n; ++i) {
+        const float* src = plan.q + i * plan.q_dim + h * dim;
+        rope_row(src + s.nope, a.rope_table + a.places.positions[i] * s.rope, s.rope, key);
+        if (i < a.absorbed) {
+          bf16* to = a.q_latent + (i * s.heads + h) * a.cache.dim;
+          for (int64_t j = 0; j < s.rope; ++j) to[s.latent + j] = float_to_bf16(key[j]);
+          for (int64_t j = s.latent + s.rope; j < a.cache.dim; ++j) to[j] = 0;
+        } else {
+          bf16* to = a.q + (i * s.heads + h) * dim;
+          for (int64_t j = 0; j < s.nope; ++j) to[j] = float_to_bf16(src[j]);
+          for (int64_t j = 0; j < s.rope; ++j) to[s.nope + j] = float_to_bf16(key[j]);
+        }
+      }
+    }
+    if (a.absorbed == 0) return;
+    for (int64_t i = 0; i < a.absorbed; ++i)
+      act_prepare_row_f32<Isa>(qh, i, plan.q + i * plan.q_dim + h * dim, w.column_scale, s.nope);
+    auto store = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
+      store_tile_bf16(a.q_latent + h * a.cache.dim, s.heads * a.cache.dim, s.latent, m0, m, panel, np, c);
+    };
+    gemm<Isa>(w, p0, p1, qh, a.absorbed, 1, sink_of(store));
+  });
+}
+
+// ---- attention over tiles ----------------------------------------------------------------------
+
+// Softmax attention state of `rows` query rows: running maximum, sum and weighted values.
+struct AttendState {
+  float* max;  // [rows]
+  float* sum;  // [rows]
+  float* out;  // [rows, width]
+  int64_t width;
+};
+
+LC_INLINE void attend_reset(const AttendState& st, int64_t rows) {
+  for (int64_t i = 0; i < rows; ++i) {
+    st.max[i] = -__builtin_inff();
+    st.sum[i] = 0.0f;
+  }
+  std::memset(st.out, 0, 4 * static_cast<size_t>(rows * st.width));
+}
+
+// Keys and values of one tile, packed as panels: keys [token panel][k/2][16][2], values [column
+// panel][token/2][16][2]. Rows of tokens that do not exist must point at zeros.
+struct KvTile {
+  uint8_t* keys;
+  uint8_t* values;
+  int64_t key_dim;    // multiple of 32
+  int64_t value_dim;  // columns; panels cover round_up(value_dim, 16)
+
+  static int64_t key_bytes(int64_t key_dim) { return kTileTokens * key_dim * 2; }
+  static int64_t value_bytes(int64_t value_dim) { return round_up(value_dim, 16) * kTileTokens * 2 + 64 * (value_dim / 16 + 1); }
+  int64_t value_stride() const { return kTileTokens * 32 + 64; }  // off the power of two
+
+  void pack(const bf16* const* key_rows, const bf16* const* value_rows, int64_t tokens) const {
+    const int64_t kstride = key_dim * 32;
+    for (int64_t g = 0; g * 16 < tokens; ++g)
+      for (int64_t k = 0; k < key_dim / 32; ++k)
+        transpose_block(reinterpret_cast<const uint8_t* const*>(key_rows + g * 16),
+                        static_cast<size_t>(k) * 64, keys + g * kstride + k * 1024);
+    const int64_t pairs = round_up(tokens, 32) / 2;
+    for (int64_t t = 0; t < pairs; ++t)
+      for (int64_t c = 0; c < value_dim; c += 16)
+        interleave_rows(value_rows[2 * t] + c, value_rows[2 * t + 1] + c,
+                        values + c / 16 * value_stride() + t * 64);
+  }
+};
+
+struct AttendScratch {
+  float* scores;  // [rows, kTileTokens]
+  float* alpha;   // [rows]
+  uint8_t* probs;  // prepared activations [rows, kTileTokens]
+};
+template <class Isa>
+int64_t attend_scratch_bytes(int64_t rows) {
+  return round_up(rows * kTileTokens * 4, 64) + round_up(rows * 4, 64) +
+         act_size<Isa>(Format::BF16, rows, kTileTokens);
+}
+template <class Isa>
+AttendScratch attend_scratch(uint8_t* mem, int64_t rows) {
+  const int64_t s = round_up(rows * kTileTokens * 4, 64);
+  return {reinterpret_cast<float*>(mem), reinterpret_cast<float*>(mem + s), mem + s + round_up(rows * 4, 64)};
+}
+
+// One tile: scores, online softmax, weighted values. Row i sees the first visible(i) tokens.
+template <class Isa, class Visible>
+void attend_tile(const Act& q, int64_t rows, const KvTile& kv, int64_t tokens, float scale,
+                 const Visible& visible, const AttendScratch& mem, const AttendState& st) {
+  const Panels keys{Format::BF16, kv.keys, kv.key_dim * 32, kv.key_dim / 2, nullptr};
+  auto to_scores = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
+    for (int i = 0; i < m; ++i)
+      for (int j = 0; j < np; ++j)
+        vstore(mem.scores + (m0 + i) * kTileTokens + (panel + j) * 16, vload(c + i * kTileCols + j * 16));
+  };
+  gemm<Isa>(keys, 0, ceil_div(tokens, 16), q, rows, 1, sink_of(to_scores));
+
+  const Act probs = act_at<Isa>(Format::BF16, mem.probs, rows, kTileTokens);
+  const int64_t width = round_up(tokens, 32);
+  const vf vscale = vset1(scale);
+  for (int64_t i = 0; i < rows; ++i) {
+    float* s = mem.scores + i * kTileTokens;
+    const int64_t seen = tmax<int64_t>(0, tmin<int64_t>(tokens, visible(i)));
+    if (seen == 0) {  // nothing to see here: the state stays
+      mem.alpha[i] = 1.0f;
+      for (int64_t k = 0; k < width; k += 16) act_store16<Isa>(probs, i, k, vset1(0.0f));
+      continue;
+    }
+    for (int64_t k = seen; k < width; ++k) s[k] = -__builtin_inff();
+    vf top = vset1(-__builtin_inff());
+    for (int64_t k = 0; k < width; k += 16) {
+      const vf v = vmul(vload(s + k), vscale);
+      vstore(s + k, v);
+      top = vmax(top, v);
+    }
+    const float m = tmax(st.max[i], vhmax(top));
+    const float alpha = exp1(st.max[i] - m);
+    vf sum = vset1(0.0f);
+    const vf vm = vset1(m);
+    for (int64_t k = 0; k < width; k += 16) {
+      // Hidden tokens weigh nothing at all: exp of the clamped argument would leave a trace.
+      const int n = static_cast<int>(tmax<int64_t>(0, tmin<int64_t>(16, seen - k)));
+      vf e = vset1(0.0f);
+      if (n > 0) {
+        e = vexp(vsub(vload(s + k), vm));
+        if (n < 16) {
+          float t[16] = {};
+          vstore_n(t, e, n);
+          e = vload(t);
+        }
+      }
+      sum = vadd(sum, e);
+      act_store16<Isa>(probs, i, k, e);
+    }
+    st.sum[i] = st.sum[i] * alpha + vhsum(sum);
+    st.max[i] = m;
+    mem.alpha[i] = alpha;
+  }
+
+  const Panels values{Format::BF16, kv.values, kv.value_stride(), width / 2, nullptr};
+  auto add = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
+    for (int i = 0; i < m; ++i) {
+      const vf alpha = vset1(mem.alpha[m0 + i]);
+      float* to = st.out + (m0 + i) * st.width + panel * 16;
+      for (int j = 0; j < np; ++j)
+        vstore(to + j * 16, vfma(vload(to + j * 16), alpha, vload(c + i * kTileCols + j * 16)));
+    }
+  };
+  gemm<Isa>(values, 0, ceil_div(kv.value_dim, 16), probs, rows, 1, sink_of(add));
+}
+
+// acc <- acc merged with part, both unnormalized. The order of merges is that of the context.
+LC_INLINE void merge_state(const AttendState& acc, int64_t i, float max, float sum, const float* out) {
+  const float m = tmax(acc.max[i], max);
+  const vf a = vset1(exp1(acc.max[i] - m)), b = vset1(exp1(max - m));
+  float* to = acc.out + i * acc.width;
+  for (int64_t k = 0; k < acc.width; k += 16)
+    vstore(to + k, vfma(vload(to + k), a, vmul(vload(out + k), b)));
+  acc.sum[i] = acc.sum[i] * exp1(acc.max[i] - m) + sum * exp1(max - m);
+  acc.max[i] = m;
+}
+
+// ---- decode: absorbed, in latent space ---------------------------------------------------------
+
+// How the (row, group of heads, split of the context) items are cut. `group` heads attend together:
+// many share the packing of a tile, few feed more threads. The cut never changes a result.
+struct DecodeShape {
+  int64_t group, groups;
+  bool by_split;  // few rows: splits of one row go to several threads and are merged afterwards
+};
+
+constexpr int64_t kMaxGroup = 64;
+
+LC_INLINE int64_t splits_of(int64_t context) { return ceil_div(context, kSplitTokens); }
+
+LC_INLINE bool may_split(const MlaDecodeArgs& a, int64_t group, int nt) {
+  return a.n * ceil_div(a.shape.heads, group) < 4 * nt;
+}
+LC_INLINE DecodeShape decode_shape(const MlaDecodeArgs& a, int nt) {
+  int64_t splits = 0;
+  for (int64_t i = 0; i < a.n; ++i) splits += splits_of(a.places.positions[i] + 1);
+  const int64_t heads = a.shape.heads;
+  int64_t group = tmin(heads, kMaxGroup);
+  const auto items = [&] { return splits * ceil_div(heads, group); };
+  while (group > 16 && items() < 4 * nt) group = ceil_div(group, 2);
+  while (group > 2 && items() < 2 * nt) group = ceil_div(group, 2);
+  return {group, ceil_div(heads, group), may_split(a, group, nt)};
+}
+
+template <class Isa>
+struct MlaDecodePlan {
+  int64_t group;  // most heads of an item
+  int64_t max_splits;
+  int64_t width;  // latent, in whole panels
+  int64_t q_bytes, scratch_bytes, act_bytes;
+  bf16* zeros;  // a row a thread
+  uint8_t *q, *keys, *values, *scratch;
+  float *part, *acc;         // a thread's states: max, sum, out of `group` rows
+  int64_t state_floats;
+  float* stored;             // by_split: [n, heads, splits, width + 16] (sum, max behind the values)
+  uint8_t* latent_act;       // [heads] prepared activations [n, latent]
+
+  static int64_t state_size(int64_t rows, int64_t width) { return 2 * round_up(rows, 16) + rows * width; }
+  MlaDecodePlan(Bump& b, const MlaDecodeArgs& a, int nt) {
+    group = tmin(a.shape.heads, kMaxGroup);
+    max_splits = splits_of(a.places.table_width * a.cache.block_size);
+    width = round_up(a.shape.latent, 16);
+    q_bytes = act_size<Isa>(Format::BF16, group, a.cache.dim);
+    scratch_bytes = round_up(attend_scratch_bytes<Isa>(group), 64);
+    act_bytes = act_size<Isa>(a.w_vc.layout.format, a.n, a.shape.latent);
+    zeros = b.take<bf16>(nt * a.cache.dim);
+    q = b.take<uint8_t>(nt * q_bytes);
+    keys = b.take<uint8_t>(nt * round_up(KvTile::key_bytes(a.cache.dim), 64));
+    values = b.take<uint8_t>(nt * round_up(KvTile::value_bytes(width), 64));
+    scratch = b.take<uint8_t>(nt * scratch_bytes);
+    state_floats = round_up(state_size(group, width), 16);
+    part = b.take<float>(nt * state_floats);
+    acc = b.take<float>(nt * state_floats);
+    stored = may_split(a, group, nt)
+                 ? b.take<float>(a.n * a.shape.heads * max_splits * (width + 16))
+                 : nullptr;
+    latent_act = b.take<uint8_t>(a.shape.heads * act_bytes);
+  }
+  AttendState state(float* base, int tid) const {
+    float* s = base + tid * state_floats;
+    const int64_t r = round_up(group, 16);
+    return {s, s + r, s + 2 * r, width};
+  }
+  float* slot(const MlaDecodeArgs& a, int64_t row, int64_t head, int64_t split) const {
+    return stored + ((row * a.shape.heads + head) * max_splits + split) * (width + 16);
+  }
+};
+
+// The normalized latent of (row, head), as activations of w_vc.
+template <class Isa>
+LC_INLINE void finish_latent(const MlaDecodeArgs& a, const MlaDecodePlan<Isa>& plan, int64_t row, int64_t head,
+                             float* out, float sum) {
+  const vf r = vset1(1.0f / sum);
+  for (int64_t k = 0; k < plan.width; k += 16) vstore(out + k, vmul(vload(out + k), r));
+  const Act act = act_at<Isa>(a.w_vc.layout.format, plan.latent_act + head * plan.act_bytes, a.n, a.shape.latent);
+  act_prepare_row_f32<Isa>(act, row, out, nullptr, a.shape.latent);
+}
+
+template <class Isa>
+void mla_decode(const Ctx& ctx, const void* p) {
+  const auto& a = *static_cast<const MlaDecodeArgs*>(p);
+  Bump b{ctx.scratch};
+  MlaDecodePlan<Isa> plan(b, a, ctx.nt);
+  const DecodeShape d = decode_shape(a, ctx.nt);
+  const int64_t heads = a.shape.heads, dim = a.cache.dim;
+  bf16* zeros = plan.zeros + ctx.tid * dim;
+  std::memset(zeros, 0, 2 * static_cast<size_t>(dim));
+
+  const KvTile tile{plan.keys + ctx.tid * round_up(KvTile::key_bytes(dim), 64),
+                    plan.values + ctx.tid * round_up(KvTile::value_bytes(plan.width), 64), dim, plan.width};
+  const Act q = act_at<Isa>(Format::BF16, plan.q + ctx.tid * plan.q_bytes, plan.group, dim);
+  const AttendScratch mem = attend_scratch<Isa>(plan.scratch + ctx.tid * plan.scratch_bytes, plan.group);
+  const AttendState part = plan.state(plan.part, ctx.tid), acc = plan.state(plan.acc, ctx.tid);
+
+  // Items in order of (row, group, split); their cost is their tokens. A thread takes those whose
+  // middle falls into its share, so every thread finds the same cut.
+  int64_t total = 0;
+  for (int64_t i = 0; i < a.n; ++i) total += (a.places.positions[i] + 1) * d.groups;
+  int64_t before = 0;
+  for (int64_t i = 0; i < a.n; ++i) {
+    const int64_t context = a.places.positions[i] + 1, seq = a.places.row_seq[i];
+    const int64_t splits = splits_of(context);
+    for (int64_t g = 0; g < d.groups; ++g) {
+      const int64_t h0 = g * d.group, rows = tmin(d.group, heads - h0);
+      bool loaded = false;
+      for (int64_t s = 0; s < splits; ++s) {
+        const int64_t t0 = s * kSplitTokens, t1 = tmin(context, t0 + kSplitTokens);
+        const int64_t cost = d.by_split ? t1 - t0 : context;
+        const int64_t owner = tmin<int64_t>((2 * before + cost) * ctx.nt / (2 * total), ctx.nt - 1);
+        if (d.by_split || s + 1 == splits) before += cost;
+        if (owner != ctx.tid) continue;
+        if (!loaded) {
+          for (int64_t r = 0; r < rows; ++r)
+            act_prepare_row<Isa>(Format::BF16, q, r, a.q_latent + (i * heads + h0 + r) * dim, dim);
+          loaded = true;
+          if (!d.by_split) attend_reset(acc, rows);
+        }
+        attend_reset(part, rows);
+        for (int64_t t = t0; t < t1; t += kTileTokens) {
+          const int64_t tokens = tmin(kTileTokens, t1 - t);
+          const bf16* rows_at[kTileTokens];
+          for (int64_t j = 0; j < kTileTokens; ++j)
+            rows_at[j] = j < tokens ? cache_row(a.cache, a.places, seq, t + j) : zeros;
+          tile.pack(rows_at, rows_at, tokens);
+          attend_tile<Isa>(q, rows, tile, tokens, a.scale, [&](int64_t) { return tokens; }, mem, part);
+        }
+        for (int64_t r = 0; r < rows; ++r) {
+          const float* out = part.out + r * plan.width;
+          if (d.by_split) {
+            float* to = plan.slot(a, i, h0 + r, s);
+            std::memcpy(to, out, 4 * static_cast<size_t>(plan.width));
+            to[plan.width] = part.sum[r];
+            to[plan.width + 1] = part.max[r];
+          } else {
+            merge_state(acc, r, part.max[r], part.sum[r], out);
+          }
+        }
+        if (!d.by_split && s + 1 == splits)
+          for (int64_t r = 0; r < rows; ++r)
+            finish_latent<Isa>(a, plan, i, h0 + r, acc.out + r * plan.width, acc.sum[r]);
+      }
+    }
+  }
+  ctx.barrier();
+  if (d.by_split) {
+    const Range r = owned(a.n * heads, ctx.tid, ctx.nt, 0);
+    for (int64_t u = r.begin; u < r.end; ++u) {
+      const int64_t i = u / heads, h = u % heads;
+      attend_reset(acc, 1);
+      const int64_t splits = splits_of(a.places.positions[i] + 1);
+      for (int64_t s = 0; s < splits; ++s) {
+        const float* from = plan.slot(a, i, h, s);
+        merge_state(acc, 0, from[plan.width + 1], from[plan.width], from);
+      }
+      finish_latent<Isa>(a, plan, i, h, acc.out, acc.sum[0]);
+    }
+    ctx.barrier();
+  }
+  const Layout& l = a.w_vc.layout;
+  each_unit(ctx, heads, l.panels(), [&](int64_t h, int64_t p0, int64_t p1) {
+    const Act x = act_at<Isa>(l.format, plan.latent_act + h * plan.act_bytes, a.n, a.shape.latent);
+    auto store = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
+      store_tile_bf16(a.out + h * a.shape.v, heads * a.shape.v, a.shape.v, m0, m, panel, np, c);
+    };
+    gemm<Isa>(panels_of(a.w_vc, h), p0, p1, x, a.n, 1, sink_of(store));
+  });
+}
+
+// ---- prefill: keys and values un-absorbed tile by tile -------------------------------------------
+
+constexpr int64_t kQueryRows = 96;  // query rows attended at a time; a multiple of 16 and of 12
+
+template <class Isa>
+struct MlaPrefillPlan {
+  int64_t parts;  // pieces of a head's query rows, where there are fewer heads than threads
+  int64_t rows;   // most query rows of a unit
+  int64_t key_dim, v_pad;
+  int64_t q_bytes, tile_bytes, kt_bytes, vt_bytes, scratch_bytes, state_floats;
+  uint8_t* latents;  // prepared activations of kv_b: [max_context, latent]
+  uint8_t *q, *keys, *values, *scratch;
+  bf16 *kt, *vt;
+  float* state;
+
+  MlaPrefillPlan(Bump& b, const MlaPrefillArgs& a, int nt) {
+    parts = tmax<int64_t>(1, nt / tmax<int64_t>(1, a.shape.heads));
+    rows = round_up(ceil_div(a.max_rows, parts), 16);
+    key_dim = round_up(a.shape.nope + a.shape.rope, 32);
+    v_pad = round_up(a.shape.v, 16);
+    q_bytes = act_size<Isa>(Format::BF16, rows, key_dim);
+    kt_bytes = kTileTokens * key_dim * 2;
+    vt_bytes = kTileTokens * v_pad * 2;
+    scratch_bytes = round_up(attend_scratch_bytes<Isa>(kQueryRows), 64);
+    state_floats = 2 * rows + rows * v_pad;
+    latents = b.take<uint8_t>(act_size<Isa>(a.kv_b.layout.format, round_up(a.max_context, kTileTokens), a.shape.latent));
+    q = b.take<uint8_t>(nt * q_bytes);
+    keys = b.take<uint8_t>(nt * round_up(KvTile::key_bytes(key_dim), 64));
+    values = b.take<uint8_t>(nt * round_up(KvTile::value_bytes(v_pad), 64));
+    scratch = b.take<uint8_t>(nt * scratch_bytes);
+    kt = b.take<bf16>(nt * kt_bytes / 2);
+    vt = b.take<bf16>(nt * vt_bytes / 2);
+    state = b.take<float>(nt * state_floats);
+  }
+};
+
+template <class Isa>
+void mla_prefill(const Ctx& ctx, const void* p) {
+  const auto& a = *static_cast<const MlaPrefillArgs*>(p);
+  Bump b{ctx.scratch};
+  MlaPrefillPlan<Isa> plan(b, a, ctx.nt);
+  const MlaShape& sh = a.shape;
+  const Layout& l = a.kv_b.layout;
+  const int64_t dim = sh.nope + sh.rope, per_head = sh.nope + sh.v;
+  const Panels w = panels_of(a.kv_b, 0);
+
+  const KvTile tile{plan.keys + ctx.tid * round_up(KvTile::key_bytes(plan.key_dim), 64),
+                    plan.values + ctx.tid * round_up(KvTile::value_bytes(plan.v_pad), 64), plan.key_dim, plan.v_pad};
+  const Act q = act_at<Isa>(Format::BF16, plan.q + ctx.tid * plan.q_bytes, plan.rows, plan.key_dim);
+  const AttendScratch mem = attend_scratch<Isa>(plan.scratch + ctx.tid * plan.scratch_bytes, kQueryRows);
+  bf16* kt = plan.kt + ctx.tid * plan.kt_bytes / 2;
+  bf16* vt = plan.vt + ctx.tid * plan.vt_bytes / 2;
+  float* base = plan.state + ctx.tid * plan.state_floats;
+  const AttendState st{base, base + plan.rows, base + 2 * plan.rows, plan.v_pad};
+  const bf16 *key_rows[kTileTokens], *value_rows[kTileTokens];
+  for (int64_t j = 0; j < kTileTokens; ++j) {
+    key_rows[j] = kt + j * plan.key_dim;
+    value_rows[j] = vt + j * plan.v_pad;
+  }
+
+  for (int64_t sgm = 0; sgm < a.segment_count; ++sgm) {
+    const int32_t* seg = a.segments + sgm * 4;
+    const int64_t row0 = seg[0], count = seg[1], seq = seg[2], pos0 = seg[3], context = pos0 + count;
+    const Act latents = act_at<Isa>(l.format, plan.latents, round_up(a.max_context, kTileTokens), sh.latent);
+    if (sgm > 0) ctx.barrier();  // the last segment's latents are still read
+    const Range mine = owned(context, ctx.tid, ctx.nt, 0);
+    for (int64_t t = mine.begin; t < mine.end; ++t)
+      act_prepare_row<Isa>(l.format, latents, t, cache_row(a.cache, a.places, seq, t), sh.latent);
+    ctx.barrier();
+
+    const int64_t piece = round_up(ceil_div(count, plan.parts), 16);
+    const Range units = owned(sh.heads * plan.parts, ctx.tid, ctx.nt, 0);
+    for (int64_t u = units.begin; u < units.end; ++u) {
+      const int64_t h = u / plan.parts, r0 = u % plan.parts * piece, r1 = tmin(count, r0 + piece);
+      if (r0 >= r1) continue;
+      const int64_t rows = r1 - r0;
+      for (int64_t i = 0; i < rows; ++i)
+        act_prepare_row<Isa>(Format::BF16, q, i, a.q + ((row0 + r0 + i) * sh.heads + h) * dim, dim);
+      attend_reset(st, rows);
+      const int64_t first = h * per_head, p0 = first / 16, p1 = ceil_div(first + per_head, 16);
+      const int64_t last = pos0 + r1;  // tokens that the last row sees
+      for (int64_t t = 0; t < last; t += kTileTokens) {
+        const int64_t tokens = tmin(kTileTokens, context - t);
+        // Keys and values of this head.
+        auto split = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
+          for (int i = 0; i < m; ++i)
+            for (int j = 0; j < np; ++j) {
+              const int64_t col = (panel + j) * 16 - first;
+              const float* from = c + i * kTileCols + j * 16;
+              bf16* k = kt + (m0 + i) * plan.key_dim;
+              bf16* v = vt + (m0 + i) * plan.v_pad - sh.nope;
+              if (col >= 0 && col + 16 <= sh.nope) {
+                vstore_bf16(k + col, vload(from));
+              } else if (col >= sh.nope && col + 16 <= per_head) {
+                vstore_bf16(v + col, vload(from));
+              } else {
+                for (int e = 0; e < 16; ++e) {
+                  const int64_t x = col + e;
+                  if (x < 0 || x >= per_head) continue;
+                  (x < sh.nope ? k : v)[x] = float_to_bf16(from[e]);
+                }
+              }
+            }
+        };
+        gemm<Isa>(w, p0, p1, latents.from(t), tokens, 1, sink_of(split));
+        for (int64_t j = 0; j < kTileTokens; ++j) {
+          bf16* k = kt + j * plan.key_dim;
+          if (j < tokens) {
+            const bf16* key = cache_row(a.cache, a.places, seq, t + j) + sh.latent;
+            std::memcpy(k + sh.nope, key, 2 * static_cast<size_t>(sh.rope));
+            std::memset(k + dim, 0, 2 * static_cast<size_t>(plan.key_dim - dim));
+            std::memset(vt + j * plan.v_pad + sh.v, 0, 2 * static_cast<size_t>(plan.v_pad - sh.v));
+          } else {
+            std::memset(k, 0, 2 * static_cast<size_t>(plan.key_dim));
+            std::memset(vt + j * plan.v_pad, 0, 2 * static_cast<size_t>(plan.v_pad));
+          }
+        }
+        tile.pack(key_rows, value_rows, tokens);
+        for (int64_t i = 0; i < rows; i += kQueryRows) {
+          const int64_t n = tmin(kQueryRows, rows - i);
+          const int64_t pos = pos0 + r0 + i;
+          if (pos + n - 1 < t) continue;  // all of it lies in the future
+          const AttendState at{st.max + i, st.sum + i, st.out + i * plan.v_pad, plan.v_pad};
+          attend_tile<Isa>(q.from(i), n, tile, tokens, a.scale,
+                           [&](int64_t r) { return pos + r + 1 - t; }, mem, at);
+        }
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        const vf inv = vset1(1.0f / st.sum[i]);
+        bf16* to = a.out + ((row0 + r0 + i) * sh.heads + h) * sh.v;
+        for (int64_t k = 0; k < sh.v; k += 16)
+          vstore_bf16_n(to + k, vmul(vload(st.out + i * plan.v_pad + k), inv),
+                        static_cast<int>(tmin<int64_t>(16, sh.v - k)));
+      }
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,300 @@
+// Router and experts.
+#pragma once
+
+#include <new>
+
+#include "kernels/dense.inl.h"
+
+namespace {
+
+template <class Isa>
+struct RoutePlan {
+  ActSlot<Isa> x;
+  float* logits;
+  float* work;  // a thread's scores and scores for choice
+  RoutePlan(Bump& b, const RouteArgs& a, int nt) : x(b, nt, a.w.layout.format, a.n, a.w.layout.cols) {
+    const int64_t e = round_up(a.w.layout.rows, 16);
+    logits = b.take<float>(a.n * e);
+    work = b.take<float>(nt * 2 * e);
+  }
+};
+
+// Index of the largest of v[0..n); the lowest index among equals. NaN never wins.
+LC_INLINE int64_t argmax(const float* v, int64_t n) {
+  int64_t best = 0;
+  float top = -__builtin_inff();
+  for (int64_t i = 0; i < n; ++i)
+    if (v[i] > top) {
+      top = v[i];
+      best = i;
+    }
+  return best;
+}
+
+// Chooses top_k experts of one row (DeepSeek-V2 and V3 technical reports). `choice` is overwritten.
+LC_INLINE void choose_experts(const RouteArgs& a, const float* scores, float* choice, int32_t* ids, float* weights) {
+  const int64_t experts = a.w.layout.rows, per = experts / a.n_group;
+  const float kOut = -__builtin_inff();
+  if (a.n_group > 1 && a.topk_group < a.n_group) {
+    float group[1024];
+    for (int64_t g = 0; g < a.n_group; ++g) {
+      float first = kOut, second = kOut;
+      for (int64_t i = g * per; i < (g + 1) * per; ++i) {
+        if (choice[i] > first) {
+          second = first;
+          first = choice[i];
+        } else if (choice[i] > second) {
+          second = choice[i];
+        }
+      }
+      group[g] = a.top2_groups && per > 1 ? first + second : first;
+    }
+    bool keep[1024] = {};
+    for (int64_t j = 0; j < a.topk_group; ++j) {
+      const int64_t g = argmax(group, a.n_group);
+      keep[g] = true;
+      group[g] = kOut;
+    }
+    // Excluded, not zeroed: a bias may make every kept score negative.
+    for (int64_t g = 0; g < a.n_group; ++g)
+      if (!keep[g])
+        for (int64_t i = g * per; i < (g + 1) * per; ++i) choice[i] = kOut;
+  }
+  float sum = 0.0f;
+  for (int64_t j = 0; j < a.top_k; ++j) {
+    const int64_t e = argmax(choice, experts);
+    choice[e] = kOut;
+    ids[j] = static_cast<int32_t>(e);
+    weights[j] = scores[e];
+    sum += scores[e];
+  }
+  const float factor = a.normalize ? a.factor / (sum + 1e-20f) : a.factor;
+  for (int64_t j = 0; j < a.top_k; ++j) weights[j] *= factor;
+}
+
+template <class Isa>
+void route(const Ctx& ctx, const void* p) {
+  const auto& a = *static_cast<const RouteArgs*>(p);
+  Bump b{ctx.scratch};
+  RoutePlan<Isa> plan(b, a, ctx.nt);
+  const int64_t experts = a.w.layout.rows, e = round_up(experts, 16);
+  const Act x = plan.x.fill(ctx, a.x, a.w.layout.cols);
+  auto store = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
+    store_tile_f32(plan.logits, e, e, m0, m, panel, np, c);
+  };
+  const Range r = owned(a.w.layout.panels(), ctx.tid, ctx.nt, 0);
+  gemm<Isa>(panels_of(a.w, 0), r.begin, r.end, x, a.n, 1, sink_of(store));
+  ctx.barrier();
+  float* scores = plan.work + ctx.tid * 2 * e;
+  float* choice = scores + e;
+  const Range rows = owned(a.n, ctx.tid, ctx.nt, 0);
+  for (int64_t i = rows.begin; i < rows.end; ++i) {
+    const float* logits = plan.logits + i * e;
+    if (a.bias != nullptr) {
+      for (int64_t k = 0; k < e; k += 16) vstore(scores + k, vsigmoid(vload(logits + k)));
+      for (int64_t k = 0; k < experts; ++k) choice[k] = scores[k] + a.bias[k];
+    } else {
+      float top = logits[0];
+      for (int64_t k = 1; k < experts; ++k) top = tmax(top, logits[k]);
+      for (int64_t k = 0; k < e; k += 16) vstore(scores + k, vexp(vsub(vload(logits + k), vset1(top))));
+      float sum = 0.0f;
+      for (int64_t k = 0; k < experts; ++k) sum += scores[k];
+      for (int64_t k = 0; k < experts; ++k) choice[k] = scores[k] = scores[k] / sum;
+    }
+    choose_experts(a, scores, choice, a.ids + i * a.top_k, a.weights + i * a.top_k);
+  }
+}
+
+// Which rows of the grouped activations belong to which expert. Every thread computes it alike.
+struct Grouping {
+  int64_t* first;    // [experts + 1] first grouped row of an expert, a multiple of 16
+  int32_t* count;    // [experts] its rows
+  int32_t* token;    // [rows] token of a grouped row; -1 in the padding
+  float* weight;     // [rows]
+  int64_t experts, rows;
+
+  static int64_t capacity(int64_t n, int64_t top_k, int64_t experts) {
+    return round_up(n * top_k, 16) + 16 * tmin(n * top_k, experts);
+  }
+  Grouping(Bump& b, const MoeArgs& a) : experts(a.gate_up.layout.batch) {
+    rows = capacity(a.n, a.top_k, experts);
+    first = b.take<int64_t>(experts + 1);
+    count = b.take<int32_t>(experts);
+    token = b.take<int32_t>(rows);
+    weight = b.take<float>(rows);
+  }
+  void build(const MoeArgs& a) {
+    for (int64_t e = 0; e < experts; ++e) count[e] = 0;
+    const int64_t pairs = a.n * a.top_k;
+    const auto valid = [&](int32_t id) { return id >= 0 && id < experts; };
+    for (int64_t i = 0; i < pairs; ++i)
+      if (valid(a.ids[i])) ++count[a.ids[i]];
+    first[0] = 0;
+    for (int64_t e = 0; e < experts; ++e) first[e + 1] = first[e] + round_up(count[e], 16);
+    for (int64_t e = 0; e < experts; ++e) count[e] = 0;
+    for (int64_t r = 0; r < first[experts]; ++r) token[r] = -1;
+    for (int64_t i = 0; i < pairs; ++i) {
+      const int32_t id = a.ids[i];
+      if (!valid(id)) continue;
+      const int64_t r = first[id] + count[id]++;
+      token[r] = static_cast<int32_t>(i / a.top_k);
+      weight[r] = a.weights[i];
+    }
+  }
+};
+
+template <class Isa>
+struct MoePlan {
+  int64_t grouping_bytes, x_bytes, h_bytes;
+  uint8_t *grouping, *x, *h, *own;
+  bf16* gated;  // [rows, intermediate]
+  float* sum;   // [n, hidden]
+  bool single;  // one token: every expert reads the same prepared row
+  bf16* shared_gated;
+  int64_t rows;
+
+  MoePlan(Bump& b, const MoeArgs& a, int nt) {
+    Bump count{nullptr};
+    Grouping g(count, a);
+    grouping_bytes = count.used;
+    rows = g.rows;
+    single = a.n == 1;
+    const Layout &gl = a.gate_up.layout, &dl = a.down.layout;
+    grouping = b.take<uint8_t>(nt * grouping_bytes);
+    x_bytes = act_size<Isa>(gl.format, single ? 1 : rows, gl.cols);
+    x = b.take<uint8_t>(single ? nt * x_bytes : x_bytes);
+    gated = b.take<bf16>(rows * gl.rows);
+    h_bytes = act_size<Isa>(dl.format, rows, dl.cols);
+    h = b.take<uint8_t>(h_bytes);
+    sum = b.take<float>(a.n * dl.rows);
+    own = nullptr;
+    shared_gated = a.shared ? b.take<bf16>(a.n * a.shared_gate_up.layout.rows) : nullptr;
+  }
+};
+
+template <class Isa>
+struct SharedPlan {
+  ActSlot<Isa> x, h;
+  SharedPlan(Bump& b, const MoeArgs& a, int nt)
+      : x(b, nt, a.shared_gate_up.layout.format, a.n, a.shared_gate_up.layout.cols),
+        h(b, nt, a.shared_down.layout.format, a.n, a.shared_down.layout.cols) {}
+};
+
+template <class Isa>
+size_t moe_scratch(const void* p, int nt) {
+  const auto& a = *static_cast<const MoeArgs*>(p);
+  Bump b{nullptr};
+  MoePlan<Isa> plan(b, a, nt);
+  if (a.shared) SharedPlan<Isa> shared(b, a, nt);
+  return static_cast<size_t>(b.used);
+}
+
+// Tokens are grouped by expert; one pass over an expert's panels serves all of them. The shared
+// experts run with them, on every token. A token's sum runs over the shared expert first, then over
+// its experts by index, whatever the batch.
+template <class Isa>
+void moe(const Ctx& ctx, const void* p) {
+  const auto& a = *static_cast<const MoeArgs*>(p);
+  Bump b{ctx.scratch};
+  MoePlan<Isa> plan(b, a, ctx.nt);
+  const Layout &gl = a.gate_up.layout, &dl = a.down.layout;
+  const int64_t hidden = gl.cols, inter = gl.rows, top = dl.rows;
+
+  Bump own{plan.grouping + ctx.tid * plan.grouping_bytes};
+  Grouping groups(own, a);
+  groups.build(a);
+
+  // Activations, grouped by expert.
+  Act x;
+  if (plan.single) {
+    x = act_at<Isa>(gl.format, plan.x + ctx.tid * plan.x_bytes, 1, hidden);
+    act_prepare_row<Isa>(gl.format, x, 0, a.x, hidden);
+  } else {
+    x = act_at<Isa>(gl.format, plan.x, plan.rows, hidden);
+    const Range r = owned(groups.first[groups.experts], ctx.tid, ctx.nt, 0);
+    for (int64_t i = r.begin; i < r.end; ++i)
+      if (groups.token[i] >= 0)
+        act_prepare_row<Isa>(gl.format, x, i, a.x + groups.token[i] * hidden, hidden);
+    ctx.barrier();
+  }
+  SharedPlan<Isa>* shared = nullptr;
+  alignas(SharedPlan<Isa>) uint8_t shared_mem[sizeof(SharedPlan<Isa>)];
+  if (a.shared) {
+    shared = new (static_cast<void*>(shared_mem)) SharedPlan<Isa>(b, a, ctx.nt);
+    const Layout& sl = a.shared_gate_up.layout;
+    const Act sx = shared->x.fill(ctx, a.x, hidden);
+    auto gate = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
+      store_gated(plan.shared_gated, sl.rows, sl.rows, m0, m, panel, np, c);
+    };
+    const Range pairs = owned_pairs(sl, ctx, 0);
+    gemm<Isa>(panels_of(a.shared_gate_up, 0), pairs.begin, pairs.end, sx, a.n, 2, sink_of(gate));
+  }
+  int64_t turn = 1;
+  for (int64_t e = 0; e < groups.experts; ++e) {
+    if (groups.count[e] == 0) continue;
+    const int64_t row0 = groups.first[e];
+    auto gate = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
+      store_gated(plan.gated, inter, inter, row0 + m0, m, panel, np, c);
+    };
+    const Range pairs = owned_pairs(gl, ctx, turn++);
+    gemm<Isa>(panels_of(a.gate_up, e), pairs.begin, pairs.end, plan.single ? x : x.from(row0),
+              groups.count[e], 2, sink_of(gate));
+  }
+  ctx.barrier();
+
+  // The gated rows, in the form that `down` multiplies.
+  const Act h = act_at<Isa>(dl.format, plan.h, plan.rows, inter);
+  {
+    // Only rows that exist count towards a thread's share.
+    int64_t live = 0, seen = 0;
+    for (int64_t e = 0; e < groups.experts; ++e) live += groups.count[e];
+    const Range r = owned(live, ctx.tid, ctx.nt, 0);
+    for (int64_t e = 0; e < groups.experts && seen < r.end; ++e) {
+      for (int64_t j = 0; j < groups.count[e]; ++j, ++seen)
+        if (seen >= r.begin && seen < r.end) {
+          const int64_t row = groups.first[e] + j;
+          act_prepare_row<Isa>(dl.format, h, row, plan.gated + row * inter, inter);
+        }
+    }
+  }
+  const Range cols = owned(dl.panels(), ctx.tid, ctx.nt, 0);
+  if (a.shared) {
+    const Layout& sl = a.shared_down.layout;
+    const Act sh = shared->h.fill(ctx, plan.shared_gated, sl.cols);
+    if (shared->h.own) ctx.barrier();
+    auto first = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
+      store_tile_f32(plan.sum, top, top, m0, m, panel, np, c);
+    };
+    gemm<Isa>(panels_of(a.shared_down, 0), cols.begin, cols.end, sh, a.n, 1, sink_of(first));
+  } else {
+    ctx.barrier();
+    const int64_t c0 = cols.begin * 16, c1 = tmin(cols.end * 16, top);
+    for (int64_t i = 0; i < a.n; ++i)
+      for (int64_t c = c0; c < c1; ++c) plan.sum[i * top + c] = 0.0f;
+  }
+  for (int64_t e = 0; e < groups.experts; ++e) {
+    if (groups.count[e] == 0) continue;
+    const int64_t row0 = groups.first[e];
+    auto add = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
+      for (int i = 0; i < m; ++i) {
+        const int64_t row = row0 + m0 + i;
+        const vf w = vset1(groups.weight[row]);
+        for (int q = 0; q < np; ++q) {
+          const int64_t col = (panel + q) * 16;
+          const int n = static_cast<int>(tmin<int64_t>(16, top - col));
+          float* to = plan.sum + groups.token[row] * top + col;
+          vstore_n(to, vfma(w, vload(c + i * kTileCols + q * 16), vload_n(to, n)), n);
+        }
+      }
+    };
+    gemm<Isa>(panels_of(a.down, e), cols.begin, cols.end, h.from(row0), groups.count[e], 1, sink_of(add));
+  }
+  const int64_t c0 = cols.begin * 16, c1 = tmin(cols.end * 16, top);
+  for (int64_t i = 0; i < a.n; ++i)
+    for (int64_t c = c0; c < c1; c += 16) {
+      const int n = static_cast<int>(tmin<int64_t>(16, c1 - c));
+      vstore_bf16_n(a.out + i * top + c, vload_n(plan.sum + i * top + c, n), n);
+    }
+}
+
+}  // namespace

@@ -1,0 +1,30 @@
+// The kernel table of one instruction set: included by each tier's translation unit.
+#pragma once
+
+#include "kernels/kernels.h"
+#include "kernels/mla.inl.h"
+#include "kernels/moe.inl.h"
+#include "kernels/pack.inl.h"
+
+namespace {
+
+template <class Isa>
+const KernelTable& make_table() {
+  static const KernelTable table = {
+      .linear = {"linear", linear<Isa>, scratch_of<LinearPlan<Isa>, LinearArgs>},
+      .embedding = {"embedding", embedding, no_scratch},
+      .rms_norm = {"rms_norm", norm<false>, scratch_of<NormPlan, NormArgs>},
+      .add_rms_norm = {"add_rms_norm", norm<true>, scratch_of<NormPlan, NormArgs>},
+      .mla_input = {"mla_input", mla_input<Isa>, scratch_of<MlaInputPlan<Isa>, MlaInputArgs>},
+      .mla_decode = {"mla_decode", mla_decode<Isa>, scratch_of<MlaDecodePlan<Isa>, MlaDecodeArgs>},
+      .mla_prefill = {"mla_prefill", mla_prefill<Isa>, scratch_of<MlaPrefillPlan<Isa>, MlaPrefillArgs>},
+      .mlp = {"mlp", mlp<Isa>, scratch_of<MlpPlan<Isa>, MlpArgs>},
+      .route = {"route", route<Isa>, scratch_of<RoutePlan<Isa>, RouteArgs>},
+      .moe = {"moe", moe<Isa>, moe_scratch<Isa>},
+      .heads = {"heads", heads<Isa>, scratch_of<HeadsPlan<Isa>, HeadsArgs>},
+      .pack = {"pack", pack, no_scratch},
+  };
+  return table;
+}
+
+}  // namespace

@@ -1,0 +1,100 @@
+// Packing ops: one a format, so that a scale can neither be missing nor too many.
+#include "ops/check.h"
+
+namespace lc {
+namespace {
+
+// The destination: a packed weight of this format, written in place.
+PackArgs destination(const Call& c, const Tensor& dst, const Desc& desc, Format f, int64_t item, int64_t part) {
+  PackArgs a{};
+  const Weight w = c.weight("dst", dst, desc, 1u << static_cast<int>(f), {.parts = kAny});
+  a.dst = const_cast<uint8_t*>(w.data);
+  a.layout = w.layout;
+  c.range("item", item, 0, a.layout.batch - 1);
+  c.range("part", part, 0, a.layout.parts - 1);
+  a.item = item;
+  a.part = part;
+  return a;
+}
+
+template <Format F, bool Run>
+void pack_plain(const char* op, const Tensor& dst, const Desc& desc, int64_t item, int64_t part, const Tensor& w,
+                DType dtype) {
+  checked(op, Run, [&](const Call& c) {
+    PackArgs a = destination(c, dst, desc, F, item, part);
+    a.src = c.data<const uint8_t>("w", w, dtype, {a.layout.rows, a.layout.cols});
+    c.launch(kernels().pack, a);
+  });
+}
+template <bool Run>
+void pack_f32(Tensor dst, Desc desc, int64_t item, int64_t part, Tensor w) {
+  pack_plain<Format::F32, Run>("pack_f32", dst, desc, item, part, w, DType::Float);
+}
+LC_OP(pack_f32, "(Tensor(a!) dst, int[] desc, int item, int part, Tensor w) -> ()")
+template <bool Run>
+void pack_bf16(Tensor dst, Desc desc, int64_t item, int64_t part, Tensor w) {
+  pack_plain<Format::BF16, Run>("pack_bf16", dst, desc, item, part, w, DType::BFloat16);
+}
+LC_OP(pack_bf16, "(Tensor(a!) dst, int[] desc, int item, int part, Tensor w) -> ()")
+
+template <bool Run>
+void pack_int8(Tensor dst, Desc desc, int64_t item, int64_t part, Tensor w, Tensor scale) {
+  checked("pack_int8", Run, [&](const Call& c) {
+    PackArgs a = destination(c, dst, desc, Format::INT8, item, part);
+    a.src = c.data<const uint8_t>("w", w, DType::Char, {a.layout.rows, a.layout.cols});
+    a.scale = c.vector("scale", scale, a.layout.rows);
+    c.launch(kernels().pack, a);
+  });
+}
+LC_OP(pack_int8, "(Tensor(a!) dst, int[] desc, int item, int part, Tensor w, Tensor scale) -> ()")
+
+template <bool Run>
+void pack_fp8(Tensor dst, Desc desc, int64_t item, int64_t part, Tensor w, Tensor scale_inv) {
+  checked("pack_fp8", Run, [&](const Call& c) {
+    PackArgs a = destination(c, dst, desc, Format::FP8, item, part);
+    a.src = c.data<const uint8_t>("w", w, DType::Float8_e4m3fn, {a.layout.rows, a.layout.cols});
+    a.scale = c.data<const float>("scale_inv", scale_inv, DType::Float,
+                                  {ceil_div(a.layout.rows, kFp8Block), ceil_div(a.layout.cols, kFp8Block)});
+    c.launch(kernels().pack, a);
+  });
+}
+LC_OP(pack_fp8, "(Tensor(a!) dst, int[] desc, int item, int part, Tensor w, Tensor scale_inv) -> ()")
+
+template <bool Run>
+void pack_int8_wide(Tensor dst, Desc desc, int64_t item, Tensor w, Tensor row_scale, Tensor column_scale) {
+  checked("pack_int8_wide", Run, [&](const Call& c) {
+    PackArgs a = destination(c, dst, desc, Format::INT8_WIDE, item, 0);
+    a.src = c.data<const uint8_t>("w", w, DType::Char, {a.layout.rows, a.layout.cols});
+    a.scale = c.vector("row_scale", row_scale, a.layout.rows);
+    a.column_scale = c.vector("column_scale", column_scale, a.layout.cols);
+    c.launch(kernels().pack, a);
+  });
+}
+LC_OP(pack_int8_wide,
+      "(Tensor(a!) dst, int[] desc, int item, Tensor w, Tensor row_scale, Tensor column_scale) -> ()")
+
+// Writes the descriptor into fresh memory of the right size.
+template <bool Run>
+void init_packed(Tensor dst, Desc desc) {
+  checked("init_packed", Run, [&](const Call& c) {
+    if (desc.size() != 5 || !is_format(desc[0])) c.fail("desc", "[format, batch, parts, rows, cols]", "another");
+    for (int i = 1; i < 5; ++i) c.range("desc", desc[i], 1, int64_t{1} << 31);
+    const Layout l{static_cast<Format>(desc[0]), desc[1], desc[2], desc[3], desc[4]};
+    auto* p = c.data<uint8_t>("dst", dst, DType::Byte, {l.bytes()});
+    if (!c.runs()) return;
+    Header h{};
+    std::memcpy(h.magic, kPackMagic, 8);
+    h.version = kPackVersion;
+    h.format = static_cast<int32_t>(l.format);
+    h.batch = l.batch;
+    h.parts = l.parts;
+    h.rows = l.rows;
+    h.cols = l.cols;
+    std::memset(p, 0, kHeaderBytes);
+    std::memcpy(p, &h, sizeof h);
+  });
+}
+LC_OP(init_packed, "(Tensor(a!) dst, int[] desc) -> ()")
+
+}  // namespace
+}  // namespace lc

@@ -1,0 +1,105 @@
+// Ops without tensors: threads, tier, graphs, measurements.
+#include <chrono>
+#include <map>
+#include <mutex>
+
+#include "isa/isa.h"
+#include "ops/check.h"
+#include "runtime/bandwidth.h"
+
+namespace lc {
+namespace {
+
+void set_threads(int64_t n) {
+  if (n < 1 || n > 1024) Call("set_threads", true).range("n", n, 1, 1024);
+  Team::get().resize(static_cast<int>(n));
+}
+int64_t num_threads() { return Team::get().size(); }
+int64_t cores() { return default_threads(); }
+std::string isa_tier() { return tier_name(tier()); }
+void force_isa_tier(std::string name) { force_tier(name); }
+std::string cpu_features_text() {
+  const CpuFeatures& f = cpu_features();
+  std::string s;
+  const auto add = [&](bool has, const char* name) {
+    if (has) s += (s.empty() ? "" : " ") + std::string(name);
+  };
+  add(f.avx2, "avx2");
+  add(f.avx512, "avx512");
+  add(f.avx512_bf16, "avx512_bf16");
+  add(f.avx512_vbmi, "avx512_vbmi");
+  add(f.amx, "amx");
+  return s;
+}
+int64_t packed_bytes(Desc d) {
+  if (d.size() != 5 || !is_format(d[0])) Call("packed_bytes", true).fail("desc", "[format, batch, parts, rows, cols]", "another");
+  return Layout{static_cast<Format>(d[0]), d[1], d[2], d[3], d[4]}.bytes();
+}
+void release_scratch() { Team::get().release_scratch(); }
+
+// Captured graphs by handle.
+std::mutex graphs_mutex;
+std::map<int64_t, std::unique_ptr<Graph>> graphs;
+int64_t next_graph = 1;
+
+Graph& find_graph(const char* op, int64_t handle) {
+  std::lock_guard<std::mutex> lock(graphs_mutex);
+  const auto it = graphs.find(handle);
+  if (it == graphs.end()) Call(op, true).fail("handle", "a live graph", std::to_string(handle));
+  return *it->second;
+}
+int64_t graph_begin() {
+  if (Graph::recording() != nullptr) Call("graph_begin", true).fail("thread", "no capture under way", "one");
+  std::lock_guard<std::mutex> lock(graphs_mutex);
+  const int64_t handle = next_graph++;
+  Graph::recording() = (graphs[handle] = std::make_unique<Graph>()).get();
+  return handle;
+}
+int64_t graph_end() {
+  Graph* g = Graph::recording();
+  if (g == nullptr) Call("graph_end", true).fail("thread", "a capture under way", "none");
+  Graph::recording() = nullptr;
+  return static_cast<int64_t>(g->size());
+}
+void graph_replay(int64_t handle) { find_graph("graph_replay", handle).replay(); }
+void graph_free(int64_t handle) {
+  find_graph("graph_free", handle);
+  std::lock_guard<std::mutex> lock(graphs_mutex);
+  graphs.erase(handle);
+}
+
+double read_bandwidth(int64_t bytes, double seconds) { return measure_read_bandwidth(bytes, seconds); }
+
+STABLE_TORCH_LIBRARY_FRAGMENT(latentcore, m) {
+  m.def("set_threads(int n) -> ()");
+  m.def("num_threads() -> int");
+  m.def("cores() -> int");
+  m.def("isa_tier() -> str");
+  m.def("force_isa_tier(str name) -> ()");
+  m.def("cpu_features() -> str");
+  m.def("packed_bytes(int[] desc) -> int");
+  m.def("release_scratch() -> ()");
+  m.def("graph_begin() -> int");
+  m.def("graph_end() -> int");
+  m.def("graph_replay(int handle) -> ()");
+  m.def("graph_free(int handle) -> ()");
+  m.def("read_bandwidth(int bytes, float seconds) -> float");
+}
+STABLE_TORCH_LIBRARY_IMPL(latentcore, CompositeExplicitAutograd, m) {
+  m.impl("set_threads", TORCH_BOX(&set_threads));
+  m.impl("num_threads", TORCH_BOX(&num_threads));
+  m.impl("cores", TORCH_BOX(&cores));
+  m.impl("isa_tier", TORCH_BOX(&isa_tier));
+  m.impl("force_isa_tier", TORCH_BOX(&force_isa_tier));
+  m.impl("cpu_features", TORCH_BOX(&cpu_features_text));
+  m.impl("packed_bytes", TORCH_BOX(&packed_bytes));
+  m.impl("release_scratch", TORCH_BOX(&release_scratch));
+  m.impl("graph_begin", TORCH_BOX(&graph_begin));
+  m.impl("graph_end", TORCH_BOX(&graph_end));
+  m.impl("graph_replay", TORCH_BOX(&graph_replay));
+  m.impl("graph_free", TORCH_BOX(&graph_free));
+  m.impl("read_bandwidth", TORCH_BOX(&read_bandwidth));
+}
+
+}  // namespace
+}  // namespace lc

@@ -1,0 +1,104 @@
+#include "runtime/bandwidth.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <chrono>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "runtime/team.h"
+
+namespace lc {
+namespace {
+
+struct ReadArgs {
+  const uint8_t* data;
+  int64_t bytes;    // a thread's share: a multiple of streams * 64
+  int streams;
+  int64_t ahead;    // prefetch distance, bytes
+  uint64_t* sums;   // one line a thread, so that nothing is optimized away
+};
+
+template <int Streams>
+uint64_t read_streams(const uint8_t* p, int64_t bytes, int64_t ahead) {
+  const int64_t each = bytes / Streams / 64 * 64;
+  __m128i acc[Streams] = {};
+  for (int64_t i = 0; i < each; i += 64)
+    for (int s = 0; s < Streams; ++s) {
+      const uint8_t* at = p + s * each + i;
+      if (ahead != 0) _mm_prefetch(reinterpret_cast<const char*>(at + ahead), _MM_HINT_T0);
+      const __m128i* v = reinterpret_cast<const __m128i*>(at);
+      const __m128i a = _mm_xor_si128(_mm_load_si128(v), _mm_load_si128(v + 1));
+      const __m128i b = _mm_xor_si128(_mm_load_si128(v + 2), _mm_load_si128(v + 3));
+      acc[s] = _mm_xor_si128(acc[s], _mm_xor_si128(a, b));
+    }
+  __m128i all = acc[0];
+  for (int s = 1; s < Streams; ++s) all = _mm_xor_si128(all, acc[s]);
+  return static_cast<uint64_t>(_mm_cvtsi128_si64(all));
+}
+
+void read_kernel(const Ctx& ctx, const void* p) {
+  const auto& a = *static_cast<const ReadArgs*>(p);
+  const uint8_t* mine = a.data + ctx.tid * a.bytes;
+  uint64_t& sum = a.sums[ctx.tid * 8];
+  if (a.streams == 1)
+    sum += read_streams<1>(mine, a.bytes, a.ahead);
+  else if (a.streams == 2)
+    sum += read_streams<2>(mine, a.bytes, a.ahead);
+  else if (a.streams == 4)
+    sum += read_streams<4>(mine, a.bytes, a.ahead);
+  else
+    sum += read_streams<8>(mine, a.bytes, a.ahead);
+}
+size_t nothing(const void*, int) { return 0; }
+
+void touch_kernel(const Ctx& ctx, const void* p) {
+  const auto& a = *static_cast<const ReadArgs*>(p);
+  uint8_t* mine = const_cast<uint8_t*>(a.data) + ctx.tid * a.bytes;
+  for (int64_t i = 0; i < a.bytes; i += 4096) mine[i] = static_cast<uint8_t>(i >> 12);
+}
+
+}  // namespace
+
+double measure_read_bandwidth(int64_t bytes, double seconds) {
+  Team& team = Team::get();
+  const int64_t share = std::max<int64_t>(bytes / team.size() / 4096 * 4096, 4096 * 8);
+  const size_t total = static_cast<size_t>(share * team.size());
+  void* mem = mmap(nullptr, total, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mem == MAP_FAILED)
+    throw std::runtime_error("cannot allocate " + std::to_string(total) + " bytes to measure the bandwidth");
+  madvise(mem, total, MADV_HUGEPAGE);
+  std::vector<uint64_t> sums(static_cast<size_t>(team.size()) * 8);
+  const Kernel read{"read", read_kernel, nothing}, touch{"touch", touch_kernel, nothing};
+  ReadArgs args{static_cast<const uint8_t*>(mem), share, 1, 0, sums.data()};
+  const auto once = [&](const Kernel& k) {
+    const auto start = std::chrono::steady_clock::now();
+    const Node node{&k, &args};
+    team.run(&node, 1);
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  };
+  once(touch);
+  constexpr int kStreams[] = {1, 2, 4, 8};
+  constexpr int64_t kAhead[] = {0, 1024, 2048, 4096};
+  const double budget = seconds / 16;
+  double best = 0;
+  for (const int streams : kStreams)
+    for (const int64_t ahead : kAhead) {
+      args.streams = streams;
+      args.ahead = ahead;
+      std::vector<double> times;
+      double spent = 0;
+      while (times.size() < 3 || (spent < budget && times.size() < 15)) {
+        times.push_back(once(read));
+        spent += times.back();
+      }
+      std::nth_element(times.begin(), times.begin() + static_cast<long>(times.size() / 2), times.end());
+      best = std::max(best, static_cast<double>(total) / times[times.size() / 2]);
+    }
+  munmap(mem, total);
+  return best;
+}
+
+}  // namespace lc

@@ -1,0 +1,224 @@
+#include "runtime/team.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace lc {
+namespace {
+
+constexpr int kSpins = 4000;            // pauses before a waiting thread yields its core
+constexpr int kIdleSpins = 20000;       // pauses before an idle worker sleeps
+constexpr size_t kHugePage = 2u << 20;
+
+int read_int(const std::string& path, int fallback) {
+  std::ifstream f(path);
+  int v;
+  return (f >> v) ? v : fallback;
+}
+
+std::vector<int> allowed_cpus() {
+  // Room for machines with more than CPU_SETSIZE logical processors.
+  constexpr int kMax = 8192;
+  cpu_set_t* set = CPU_ALLOC(kMax);
+  const size_t bytes = CPU_ALLOC_SIZE(kMax);
+  CPU_ZERO_S(bytes, set);
+  std::vector<int> cpus;
+  if (sched_getaffinity(0, bytes, set) == 0)
+    for (int i = 0; i < kMax; ++i)
+      if (CPU_ISSET_S(i, bytes, set)) cpus.push_back(i);
+  CPU_FREE(set);
+  if (cpus.empty()) cpus.push_back(0);
+  return cpus;
+}
+
+// One logical processor for each physical core in the affinity mask, in order.
+std::vector<int> physical_cpus() {
+  std::set<std::pair<int, int>> seen;
+  std::vector<int> out;
+  for (int cpu : allowed_cpus()) {
+    const std::string base = "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/";
+    const int package = read_int(base + "physical_package_id", 0);
+    const int core = read_int(base + "core_id", cpu);
+    if (seen.insert({package, core}).second) out.push_back(cpu);
+  }
+  return out;
+}
+
+// CPUs' worth of time that the cgroup grants, rounded down; 0 where there is no limit.
+int cgroup_quota() {
+  std::ifstream v2("/sys/fs/cgroup/cpu.max");
+  std::string quota;
+  double period = 0;
+  if (v2 >> quota >> period && quota != "max" && period > 0)
+    return std::max(1, static_cast<int>(std::atof(quota.c_str()) / period));
+  const int q = read_int("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", -1);
+  const int p = read_int("/sys/fs/cgroup/cpu/cpu.cfs_period_us", -1);
+  return q > 0 && p > 0 ? std::max(1, q / p) : 0;
+}
+
+void pin(pthread_t thread, int cpu) {
+  constexpr int kMax = 8192;
+  cpu_set_t* set = CPU_ALLOC(kMax);
+  const size_t bytes = CPU_ALLOC_SIZE(kMax);
+  CPU_ZERO_S(bytes, set);
+  CPU_SET_S(cpu, bytes, set);
+  pthread_setaffinity_np(thread, bytes, set);  // best effort: a refusal only costs locality
+  CPU_FREE(set);
+}
+
+}  // namespace
+
+void Barrier::wait() {
+  const uint32_t epoch = epoch_.load(std::memory_order_acquire);
+  if (count_.fetch_add(1, std::memory_order_acq_rel) == n_ - 1) {
+    count_.store(0, std::memory_order_relaxed);
+    epoch_.store(epoch + 1, std::memory_order_release);
+    return;
+  }
+  for (int spins = 0; epoch_.load(std::memory_order_acquire) == epoch; ++spins) {
+    if (spins < kSpins)
+      _mm_pause();
+    else
+      sched_yield();
+  }
+}
+
+int default_threads() {
+  int n = static_cast<int>(physical_cpus().size());
+  if (const int quota = cgroup_quota()) n = std::min(n, quota);
+  return std::max(1, n);
+}
+
+struct Team::Impl {
+  std::mutex mutex;  // one region at a time; callers from several threads queue here
+  std::vector<std::thread> workers;
+  alignas(64) std::atomic<uint32_t> epoch{0};
+  alignas(64) std::atomic<bool> stop{false};
+  const Node* nodes = nullptr;
+  size_t count = 0;
+  uint8_t* scratch = nullptr;
+  Barrier barrier;  // between kernels and at the end of a region
+  int n = 1;
+
+  void region(int tid) {
+    const Ctx ctx{tid, n, scratch, &barrier};
+    for (size_t i = 0; i < count; ++i) {
+      nodes[i].kernel->run(ctx, nodes[i].args);
+      ctx.barrier();
+    }
+  }
+
+  void work(int tid) {
+    uint32_t seen = 0;
+    for (;;) {
+      int spins = 0;
+      while (epoch.load(std::memory_order_acquire) == seen) {
+        if (++spins < kIdleSpins)
+          _mm_pause();
+        else
+          epoch.wait(seen, std::memory_order_acquire);
+      }
+      seen = epoch.load(std::memory_order_acquire);
+      if (stop.load(std::memory_order_acquire)) return;
+      region(tid);
+    }
+  }
+
+  void start(int threads) {
+    n = threads;
+    barrier.reset(threads);
+    epoch.store(0);
+    stop.store(false);
+    const std::vector<int> cpus = physical_cpus();
+    for (int t = 1; t < threads; ++t) {
+      workers.emplace_back([this, t] { work(t); });
+      // The caller stays unpinned: it is the embedding program's thread, not ours.
+      if (threads <= static_cast<int>(cpus.size())) pin(workers.back().native_handle(), cpus[t]);
+    }
+  }
+
+  void join() {
+    stop.store(true, std::memory_order_release);
+    epoch.fetch_add(1, std::memory_order_acq_rel);
+    epoch.notify_all();
+    for (std::thread& w : workers) w.join();
+    workers.clear();
+  }
+};
+
+Team::Team() : impl_(new Impl) {
+  // A forked child has no workers: it starts with a team of one.
+  pthread_atfork(nullptr, nullptr, [] {
+    Team& team = Team::get();
+    for (std::thread& w : team.impl_->workers) w.detach();
+    team.impl_ = new Impl;
+    team.n_ = 1;
+  });
+}
+
+Team& Team::get() {
+  // Leaked on purpose: workers may outlive static destruction.
+  static Team* team = new Team;
+  return *team;
+}
+
+void Team::resize(int n) {
+  if (n < 1 || n > 1024)
+    throw std::invalid_argument("threads must be in 1..1024, got " + std::to_string(n));
+  std::lock_guard<std::mutex> lock(impl_->mutex);
+  if (n == n_) return;
+  impl_->join();
+  impl_->start(n);
+  n_ = n;
+}
+
+void Team::run(const Node* nodes, size_t count) {
+  std::lock_guard<std::mutex> lock(impl_->mutex);
+  size_t need = 0;
+  for (size_t i = 0; i < count; ++i)
+    need = std::max(need, nodes[i].kernel->scratch(nodes[i].args, n_));
+  reserve(need);
+  impl_->scratch = scratch_;
+  impl_->nodes = nodes;
+  impl_->count = count;
+  if (n_ > 1) {
+    impl_->epoch.fetch_add(1, std::memory_order_acq_rel);
+    impl_->epoch.notify_all();
+  }
+  impl_->region(0);
+}
+
+void Team::reserve(size_t bytes) {
+  if (bytes <= scratch_bytes_) return;
+  release_scratch();
+  const size_t size = (bytes + bytes / 4 + kHugePage - 1) / kHugePage * kHugePage;
+  void* p = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (p == MAP_FAILED)
+    throw std::runtime_error("cannot allocate " + std::to_string(size) + " bytes of scratch memory");
+  madvise(p, size, MADV_HUGEPAGE);
+  scratch_ = static_cast<uint8_t*>(p);
+  scratch_bytes_ = size;
+}
+
+void Team::release_scratch() {
+  if (scratch_ != nullptr) munmap(scratch_, scratch_bytes_);
+  scratch_ = nullptr;
+  scratch_bytes_ = 0;
+}
+
+}  // namespace lc

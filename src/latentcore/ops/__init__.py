@@ -1,0 +1,1 @@
+"""The native ops: one typed Python function each, and nothing else calls `torch.ops.latentcore`."""

@@ -1,0 +1,105 @@
+"""Threads, instruction set, captured graphs, measurements."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from latentcore.errors import UserError
+from latentcore.ops.native import op, require_cpu
+
+_set_threads = op("set_threads")
+_num_threads = op("num_threads")
+_cores = op("cores")
+_force_isa_tier = op("force_isa_tier")
+_cpu_features = op("cpu_features")
+_release_scratch = op("release_scratch")
+_graph_begin = op("graph_begin")
+_graph_end = op("graph_end")
+_graph_replay = op("graph_replay")
+_graph_free = op("graph_free")
+_read_bandwidth = op("read_bandwidth")
+
+
+def isa_tier() -> str:
+    """The instruction set tier in use: `avx2`, `avx512` or `amx`."""
+    return require_cpu()
+
+
+@contextmanager
+def forced_tier(name: str) -> Iterator[None]:
+    """Runs a block in another tier than the best. Raises UserError where the CPU lacks it.
+
+    Packed weights are the same for all tiers; results need not be.
+    """
+    try:
+        _force_isa_tier(name)
+    except RuntimeError as error:
+        raise UserError(str(error).splitlines()[0]) from None
+    try:
+        yield
+    finally:
+        _force_isa_tier("")
+
+
+def cpu_features() -> frozenset[str]:
+    """What this CPU and operating system offer: avx2, avx512, avx512_bf16, avx512_vbmi, amx."""
+    return frozenset(str(_cpu_features()).split())
+
+
+def default_threads() -> int:
+    """Physical cores within the affinity mask and the cgroup's quota."""
+    return int(_cores())
+
+
+def num_threads() -> int:
+    """Threads of the team, the caller's included."""
+    return int(_num_threads())
+
+
+def set_threads(n: int) -> None:
+    """Makes the team `n` threads, 1..1024; 1 gives all worker threads back."""
+    _set_threads(n)
+
+
+def release_scratch() -> None:
+    """Gives the team's scratch memory back; the next op takes what it needs."""
+    _release_scratch()
+
+
+def read_bandwidth(nbytes: int, seconds: float) -> float:
+    """Bytes a second that the team reads, measured within `nbytes` of memory and about `seconds`."""
+    return float(_read_bandwidth(nbytes, seconds))
+
+
+class Graph:
+    """Ops recorded once and replayed in one parallel region.
+
+    Ops called inside `with Graph.capture() as graph` are recorded, not run. Their tensors must stay
+    alive, at the same addresses, as long as the graph is replayed.
+    """
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+        self.size = 0
+
+    @classmethod
+    @contextmanager
+    def capture(cls) -> Iterator["Graph"]:
+        """Records this thread's ops. An op that cannot be captured raises, and nothing is kept."""
+        graph = cls(int(_graph_begin()))
+        try:
+            yield graph
+        except BaseException:
+            _graph_end()
+            graph.free()
+            raise
+        graph.size = int(_graph_end())
+
+    def replay(self) -> None:
+        """Runs the recorded ops in order."""
+        _graph_replay(self._handle)
+
+    def free(self) -> None:
+        """Forgets the recorded ops."""
+        if self._handle:
+            _graph_free(self._handle)
+            self._handle = 0
