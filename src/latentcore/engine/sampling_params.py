@@ -180,6 +180,11 @@ class SamplingParams:
                 "structured_outputs: expected a StructuredOutputsParams, found "
                 f"{_shown(structured)}"
             )
+        if structured is not None and self.min_tokens:
+            raise RequestError(
+                "min_tokens: cannot be combined with structured_outputs, whose grammar decides "
+                "when the answer ends"
+            )
         if not isinstance(self.output_kind, RequestOutputKind):
             raise RequestError(
                 f"output_kind: expected a RequestOutputKind, found {_shown(self.output_kind)}"

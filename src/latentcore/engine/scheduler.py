@@ -48,12 +48,14 @@ class ScheduledSequence:
     """One sequence's tokens, its place in the cache, and the paths its tokens are computed on.
 
     `runs` lists (end position, path) for the positions of the prompt, in order, once the paths are
-    chosen; positions past the last run are generated ones, on the decode path.
+    chosen; positions past the last run are generated ones, on the decode path. `max_chunk` limits
+    the tokens computed in one step, where it is set.
     """
 
     __slots__ = (
         "keys",
         "lineages",
+        "max_chunk",
         "num_cached_tokens",
         "num_computed",
         "num_preemptions",
@@ -76,6 +78,7 @@ class ScheduledSequence:
         self.num_prompt_tokens = len(prompt_token_ids)
         self.rank = (arrival + priority * PRIORITY_STRIDE, arrival)
         self.reads_afresh = reads_afresh
+        self.max_chunk: int | None = None
         self.status = Status.WAITING
         self.num_computed = 0
         self.num_cached_tokens = 0
@@ -314,6 +317,8 @@ class Scheduler:
         start = sequence.num_computed
         run_end, path = sequence.run_at(start)
         num_tokens = min(run_end - start, budget)
+        if sequence.max_chunk is not None:
+            num_tokens = min(num_tokens, sequence.max_chunk)
         samples = start + num_tokens == len(sequence.token_ids)
         schedule.chunks.append(ScheduledChunk(sequence, start, num_tokens, path, samples))
         return num_tokens
