@@ -205,29 +205,13 @@ class ModelPlan:
     def matrices(self) -> Iterator[MatrixPlan]:
         """All packed linear weights, layer by layer, in the order in which they are packed."""
         for layer in self.layers:
-            attention = layer.attention
-            for matrix in (attention.q, attention.q_a, attention.q_b):
-                if matrix is not None:
-                    yield matrix
-            yield attention.kv_a
-            yield attention.kv_b.linear
-            yield attention.o
-            yield from _ffn_matrices(layer.ffn)
+            yield from _layer_matrices(layer)
 
     def plains(self) -> Iterator[PlainPlan]:
         """All tensors that are never quantized."""
         yield self.embed
         for layer in self.layers:
-            attention = layer.attention
-            yield attention.input_norm
-            if attention.q_a_norm is not None:
-                yield attention.q_a_norm
-            yield attention.kv_a_norm
-            yield layer.post_attention_norm
-            if isinstance(layer.ffn, MoePlan):
-                yield layer.ffn.router
-                if layer.ffn.router_bias is not None:
-                    yield layer.ffn.router_bias
+            yield from _layer_plains(layer)
         yield self.final_norm
         if self.lm_head is not None:
             yield self.lm_head
@@ -237,12 +221,17 @@ class ModelPlan:
         return sum(info.nbytes for info in self.sources())
 
     def sources(self) -> Iterator[TensorInfo]:
-        """Every tensor that will be read."""
-        for matrix in self.matrices():
-            for piece in matrix.pieces:
-                yield from piece.tensors.values()
-        for plain in self.plains():
-            yield plain.info
+        """Every tensor that will be read, in about the order in which that is best done."""
+        yield self.embed.info
+        for layer in self.layers:
+            for matrix in _layer_matrices(layer):
+                for piece in matrix.pieces:
+                    yield from piece.tensors.values()
+            for plain in _layer_plains(layer):
+                yield plain.info
+        yield self.final_norm.info
+        if self.lm_head is not None:
+            yield self.lm_head.info
 
     def packed_nbytes(self) -> int:
         """Bytes of all weights in memory, once packed."""
@@ -353,6 +342,23 @@ def _scheme_text(matrix: MatrixPlan) -> str:
     return f"{'/'.join(stored)} -> {matrix.scheme.name}"
 
 
+def _layer_matrices(layer: LayerPlan) -> Iterator[MatrixPlan]:
+    attention = layer.attention
+    for matrix in (attention.q, attention.q_a, attention.q_b):
+        if matrix is not None:
+            yield matrix
+    yield attention.kv_a
+    yield attention.kv_b.linear
+    yield attention.o
+    yield from _ffn_matrices(layer.ffn)
+
+
+def _layer_plains(layer: LayerPlan) -> Iterator[PlainPlan]:
+    yield from _layer_vectors(layer)
+    if isinstance(layer.ffn, MoePlan):
+        yield layer.ffn.router
+
+
 def _ffn_matrices(ffn: MlpPlan | MoePlan) -> Iterator[MatrixPlan]:
     if isinstance(ffn, MlpPlan):
         yield ffn.gate_up
@@ -364,14 +370,19 @@ def _ffn_matrices(ffn: MlpPlan | MoePlan) -> Iterator[MatrixPlan]:
         yield from _ffn_matrices(ffn.shared)
 
 
-def _vector_elements(layer: LayerPlan) -> int:
+def _layer_vectors(layer: LayerPlan) -> Iterator[PlainPlan]:
     attention = layer.attention
-    vectors = [attention.input_norm, attention.kv_a_norm, layer.post_attention_norm]
+    yield attention.input_norm
     if attention.q_a_norm is not None:
-        vectors.append(attention.q_a_norm)
+        yield attention.q_a_norm
+    yield attention.kv_a_norm
+    yield layer.post_attention_norm
     if isinstance(layer.ffn, MoePlan) and layer.ffn.router_bias is not None:
-        vectors.append(layer.ffn.router_bias)
-    return sum(vector.size for vector in vectors)
+        yield layer.ffn.router_bias
+
+
+def _vector_elements(layer: LayerPlan) -> int:
+    return sum(vector.size for vector in _layer_vectors(layer))
 
 
 def _conversion_nbytes(piece: StoredWeight, target: QuantScheme) -> int:
