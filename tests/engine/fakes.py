@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from latentcore.engine.chunk import SequenceChunk
+from latentcore.models.chunk import SequenceChunk
 from latentcore.engine.engine import Engine, EngineOptions
 from latentcore.engine.request import RequestPreparer
 from latentcore.engine.sampler import SampledToken, SampleRow, TokenLogprobs
@@ -195,7 +195,6 @@ def make_engine(
     tokenizer: Tokenizer | None = _TOKENIZER,
     max_num_seqs: int = 8,
     enable_prefix_caching: bool = True,
-    max_waiting: int | None = None,
 ) -> tuple[Engine, RequestPreparer]:
     """An engine on fakes, and what prepares requests for it."""
     engine = Engine(
@@ -207,7 +206,6 @@ def make_engine(
             max_num_seqs=max_num_seqs,
             enable_prefix_caching=enable_prefix_caching,
             end_ids=(END_ID,),
-            max_waiting=max_waiting,
         ),
     )
     return engine, RequestPreparer(engine.limits, tokenizer, end_ids=(END_ID,))

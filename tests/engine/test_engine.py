@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from latentcore.engine.engine import Engine, QueueFullError, StepFailedError
+from latentcore.engine.engine import Engine, StepFailedError
 from latentcore.engine.outputs import RequestOutput
 from latentcore.engine.request import Prompt, RequestPreparer
 from latentcore.engine.sampling_params import (
@@ -357,17 +357,12 @@ def test_aborting_frees_blocks_at_once() -> None:
     engine.abort("x")
 
 
-def test_the_queue_has_a_limit() -> None:
-    engine, preparer = make_engine(max_waiting=2)
+def test_a_request_id_in_use_is_refused() -> None:
+    engine, preparer = make_engine()
     prepared = preparer.prepare(tokens(1), SamplingParams())
     engine.add_request("a", prepared)
-    engine.add_request("b", prepared)
-    with pytest.raises(QueueFullError, match="2 requests are waiting"):
-        engine.add_request("c", prepared)
     with pytest.raises(RequestError, match="in use"):
-        make = make_engine()[0]
-        make.add_request("a", prepared)
-        make.add_request("a", prepared)
+        engine.add_request("a", prepared)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from latentcore.engine.blocks import BlockManager
-from latentcore.engine.chunk import SequenceChunk
+from latentcore.models.chunk import SequenceChunk
 from latentcore.engine.detokenizer import Detokenizer
 from latentcore.engine.outputs import (
     CompletionOutput,
@@ -68,10 +68,6 @@ class StepFailedError(LatentcoreError):
     """The step that a request was part of failed. The request is lost, the engine goes on."""
 
 
-class QueueFullError(LatentcoreError):
-    """As many requests wait as may."""
-
-
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """How the engine schedules. `seed` is the base for requests that bring none."""
@@ -81,7 +77,6 @@ class EngineOptions:
     enable_prefix_caching: bool
     end_ids: tuple[int, ...]
     seed: int = 0
-    max_waiting: int | None = None
 
 
 @dataclass(slots=True)
@@ -227,14 +222,15 @@ class Engine:
     def num_waiting(self) -> int:
         return len(self.scheduler.waiting)
 
+    @property
+    def max_num_seqs(self) -> int:
+        return self.scheduler.max_num_seqs
+
     def add_request(self, request_id: str, prepared: PreparedRequest, *, priority: int = 0) -> None:
         """Queues a request. Lower `priority` is served sooner.
 
-        Raises QueueFullError, and RequestError for an id that is in use.
+        Raises RequestError for an id that is in use.
         """
-        limit = self._options.max_waiting
-        if limit is not None and self.num_waiting >= limit:
-            raise QueueFullError(f"{self.num_waiting} requests are waiting, at most {limit} may")
         if request_id in self._requests:
             raise RequestError(f"request_id: {request_id!r} is in use")
         params = prepared.params

@@ -24,7 +24,7 @@ from latentcore.models.resolve import (
     PlainPlan,
     StoredWeight,
 )
-from latentcore.models.weights import (
+from latentcore.layers.weights import (
     AttentionWeights,
     LayerWeights,
     MlpWeights,

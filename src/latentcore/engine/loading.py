@@ -1,0 +1,173 @@
+"""From a model's name to everything that the engine needs of it."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from latentcore.config import EngineConfig, GenerationDefaults, ModelConfig
+from latentcore.engine.chat import ChatTemplate
+from latentcore.engine.engine import Engine, EngineOptions, Runner
+from latentcore.engine.request import RequestPreparer
+from latentcore.engine.sampler import Sampler
+from latentcore.engine.sampling_params import SamplingParams
+from latentcore.engine.tokenizer import Tokenizer
+from latentcore.errors import CheckpointError, ConfigError, UserError
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+DEMO_MODEL = "latentcore-demo"
+"""The name of the model that comes with the package."""
+
+_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
+"""What is fetched of a repository: no Python files, no pickles."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory, with what its folder says about text and sampling."""
+
+    name: str
+    path: Path
+    config: ModelConfig
+    engine_config: EngineConfig
+    runner: Runner
+    sampler: Sampler
+    tokenizer: Tokenizer | None
+    chat_template: ChatTemplate | None
+    defaults: GenerationDefaults
+    end_ids: tuple[int, ...]
+
+    def engine(self) -> tuple[Engine, RequestPreparer]:
+        """An engine for this model, and what prepares requests for it."""
+        options = EngineOptions(
+            vocab_size=self.config.vocab_size,
+            max_num_seqs=self.engine_config.max_num_seqs,
+            enable_prefix_caching=self.engine_config.enable_prefix_caching,
+            end_ids=self.end_ids,
+            seed=self.engine_config.seed,
+        )
+        engine = Engine(self.runner, self.sampler, self.tokenizer, options)
+        return engine, RequestPreparer(engine.limits, self.tokenizer, end_ids=self.end_ids)
+
+    def default_params(self, **changes: object) -> SamplingParams:
+        """The checkpoint's own sampling defaults, with `changes` that are not None."""
+        found = self.defaults
+        values: dict[str, object] = {
+            "temperature": found.temperature,
+            "top_p": found.top_p,
+            "top_k": found.top_k,
+            "min_p": found.min_p,
+            "repetition_penalty": found.repetition_penalty,
+            **changes,
+        }
+        return SamplingParams(**{k: v for k, v in values.items() if v is not None})  # type: ignore[arg-type]
+
+
+def find_model(model: str | os.PathLike[str] | None) -> tuple[str, Path]:
+    """The name and folder of a model: the demo (None), a folder, or a Hugging Face repository.
+
+    A repository is fetched into huggingface_hub's ordinary cache; a broken download is resumed.
+    Raises UserError where there is no such model.
+    """
+    if model is None or str(model) == DEMO_MODEL:
+        path = Path(str(resources.files("latentcore"))) / "demo_model"
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"the demo model is not in this installation ({path}); name a model with --model"
+            )
+        return DEMO_MODEL, path
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CheckpointError("no config.json: not a model's folder", where=str(path))
+        return path.resolve().name or str(model), path
+    if path.exists():
+        raise CheckpointError("expected a model's folder, found a file", where=str(path))
+    text = str(model)
+    parts = text.split("/")
+    if len(parts) != 2 or not all(parts) or text.startswith((".", "~", "/")):
+        raise UserError(
+            f"no such model: {text!r} is neither a folder nor a Hugging Face repository (org/name)"
+        )
+    return text, _fetch(text)
+
+
+def load_model(
+    model: str | os.PathLike[str] | None,
+    engine_config: EngineConfig,
+    progress: Progress | None = None,
+) -> LoadedModel:
+    """Loads a model. Raises UserError for whatever is wrong with it or with the options."""
+    from latentcore.engine.native_sampler import NativeSampler
+    from latentcore.models.runner import ModelRunner
+
+    if engine_config.max_num_batched_tokens < engine_config.max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens: expected at least max_num_seqs "
+            f"({engine_config.max_num_seqs}), found {engine_config.max_num_batched_tokens}"
+        )
+    name, path = find_model(model)
+    config = ModelConfig.from_dir(path)
+    defaults = GenerationDefaults.from_dir(path, config.vocab_size)
+    runner = ModelRunner.load(path, engine_config, progress)
+    try:
+        tokenizer = Tokenizer.load(path)
+        chat_template = ChatTemplate.of(tokenizer) if tokenizer is not None else None
+    except BaseException:
+        runner.close()
+        raise
+    return LoadedModel(
+        name=name,
+        path=path,
+        config=config,
+        engine_config=engine_config,
+        runner=runner,
+        sampler=NativeSampler(config.vocab_size),
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        defaults=defaults,
+        end_ids=end_token_ids(config, defaults, tokenizer),
+    )
+
+
+def end_token_ids(
+    config: ModelConfig, defaults: GenerationDefaults, tokenizer: Tokenizer | None
+) -> tuple[int, ...]:
+    """All tokens that end an answer, wherever the checkpoint names them."""
+    found = {*config.eos_token_ids, *defaults.eos_token_ids}
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        found.add(tokenizer.eos_token_id)
+    return tuple(sorted(i for i in found if i < config.vocab_size))
+
+
+def _fetch(repository: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=[*_HUB_FILES]))
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise UserError(
+            f"no such model: there is no folder {repository!r}, and no repository of that name on "
+            "Hugging Face that you may read"
+        ) from None
+    except errors.LocalEntryNotFoundError:
+        raise UserError(
+            f"{repository}: not in the local cache, and Hugging Face cannot be reached; connect, "
+            "or name a folder"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{repository}: the download failed ({_first_line(error)})") from None
+    except Exception as error:
+        raise UserError(
+            f"{repository}: Hugging Face cannot be reached ({_first_line(error)}); connect, or "
+            "name a folder"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
