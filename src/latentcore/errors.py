@@ -66,15 +66,7 @@ class RequestError(UserError):
 
 
 class InsufficientMemoryError(UserError):
-    """What was asked for needs more memory than there is. The message says how much of each.
-
-    `needed` and `available` are in bytes.
-    """
-
-    def __init__(self, message: str, *, needed: int, available: int) -> None:
-        super().__init__(message)
-        self.needed = needed
-        self.available = available
+    """What was asked for needs more memory than there is. The message says how much of each."""
 
 
 class UnsupportedCpuError(UserError):

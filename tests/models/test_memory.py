@@ -79,8 +79,6 @@ def test_this_machine_has_some_and_not_everything() -> None:
     require_memory(1 << 20, "a test")
     with pytest.raises(InsufficientMemoryError) as caught:
         require_memory(1 << 50, "the model's weights")
-    assert caught.value.needed == 1 << 50
-    assert caught.value.available < 1 << 50
     assert "not enough memory for the model's weights: needed 1125.9 TB, available" in str(
         caught.value
     )

@@ -11,6 +11,13 @@ from collections.abc import Callable, Iterator
 import torch
 
 from latentcore.errors import CheckpointError
+from latentcore.layers.weights import (
+    AttentionWeights,
+    LayerWeights,
+    MlpWeights,
+    ModelWeights,
+    MoeWeights,
+)
 from latentcore.models.checkpoint import Checkpoint, TensorInfo
 from latentcore.models.memory import require_memory
 from latentcore.models.resolve import (
@@ -23,13 +30,6 @@ from latentcore.models.resolve import (
     MoePlan,
     PlainPlan,
     StoredWeight,
-)
-from latentcore.layers.weights import (
-    AttentionWeights,
-    LayerWeights,
-    MlpWeights,
-    ModelWeights,
-    MoeWeights,
 )
 from latentcore.ops import packing
 from latentcore.quant.packed import Format, PackedWeight

@@ -33,9 +33,7 @@ def require_memory(needed: int, what: str) -> None:
     if needed > available:
         raise InsufficientMemoryError(
             f"not enough memory for {what}: needed {format_bytes(needed)}, available "
-            f"{format_bytes(available)}",
-            needed=needed,
-            available=available,
+            f"{format_bytes(available)}"
         )
 
 
