@@ -6,20 +6,24 @@ that digest. A wrong block, position, path or token changes everything that is g
 """
 
 import hashlib
-import json
 import struct
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import torch
 
-from latentcore.models.chunk import SequenceChunk
+from latentcore.config import EngineConfig, GenerationDefaults, ModelConfig
+from latentcore.engine.chat import ChatTemplate
 from latentcore.engine.engine import Engine, EngineOptions
+from latentcore.engine.loading import LoadedModel
 from latentcore.engine.request import RequestPreparer
 from latentcore.engine.sampler import SampledToken, SampleRow, TokenLogprobs
 from latentcore.engine.tokenizer import Tokenizer
+from latentcore.models.chunk import SequenceChunk
 
 BLOCK_SIZE = 64
 VOCAB_SIZE = 300
@@ -211,5 +215,32 @@ def make_engine(
     return engine, RequestPreparer(engine.limits, tokenizer, end_ids=(END_ID,))
 
 
-def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value))
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<answer>{% if thinking %}<think>{% endif %}{% endif %}"
+)
+
+
+def make_loaded(
+    runner: FakeRunner | None = None,
+    *,
+    tokenizer: Tokenizer | None = _TOKENIZER,
+    template: str | None = TEMPLATE,
+    defaults: GenerationDefaults | None = None,
+    **engine_options: Any,
+) -> LoadedModel:
+    """A loaded model on fakes."""
+    runner = runner or FakeRunner()
+    engine_options.setdefault("max_num_seqs", 8)
+    return LoadedModel(
+        name="fake",
+        path=Path("fake"),
+        config=cast(ModelConfig, SimpleNamespace(vocab_size=runner.vocab_size)),
+        engine_config=EngineConfig(**engine_options),
+        runner=runner,
+        sampler=FakeSampler(),
+        tokenizer=tokenizer,
+        chat_template=None if template is None else ChatTemplate({"default": template}, {}),
+        defaults=defaults or GenerationDefaults(),
+        end_ids=(END_ID,),
+    )

@@ -11,12 +11,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from latentcore.engine.blocks import BlockManager
 from latentcore.engine.scheduler import (
     PRIORITY_STRIDE,
-    Path,
     Schedule,
     ScheduledSequence,
     Scheduler,
     Status,
 )
+from latentcore.models.chunk import Path
 
 SIZE = 4
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from latentcore.engine.blocks import BlockManager
-from latentcore.models.chunk import SequenceChunk
 from latentcore.engine.detokenizer import Detokenizer
 from latentcore.engine.outputs import (
     CompletionOutput,
@@ -23,7 +22,6 @@ from latentcore.engine.request import ModelLimits, PreparedRequest, derive_seed
 from latentcore.engine.sampler import SampledToken, Sampler, SampleRow, TokenLogprobs
 from latentcore.engine.sampling_params import RequestOutputKind
 from latentcore.engine.scheduler import (
-    Path,
     Schedule,
     ScheduledChunk,
     ScheduledSequence,
@@ -34,6 +32,7 @@ from latentcore.engine.structured import GrammarMatcher, new_mask
 from latentcore.engine.text import StopStringFilter
 from latentcore.engine.tokenizer import Tokenizer
 from latentcore.errors import LatentcoreError, RequestError
+from latentcore.models.chunk import Path, SequenceChunk
 
 if TYPE_CHECKING:
     import torch

@@ -224,10 +224,10 @@ class LLM:
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str | Mapping):
-        return [prompts]  # type: ignore[list-item]
+        return [prompts]
     if not isinstance(prompts, Sequence):
         raise RequestError(f"prompts: expected a prompt or a list, found {type(prompts).__name__}")
-    return list(prompts)  # type: ignore[arg-type]
+    return list(prompts)
 
 
 __all__ = ["LLM", "RequestOutputKind", "SamplingParams"]

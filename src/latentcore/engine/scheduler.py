@@ -21,7 +21,6 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
 
 from latentcore.engine.blocks import (
     ROOT,
@@ -31,8 +30,7 @@ from latentcore.engine.blocks import (
     chain_key,
     chain_lineage,
 )
-
-Path = Literal["prefill", "decode"]
+from latentcore.models.chunk import Path
 
 PRIORITY_STRIDE = 64
 """Arrivals that one step of priority is worth."""
