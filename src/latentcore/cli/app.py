@@ -1,0 +1,93 @@
+"""The `latentcore` program: its commands, and how errors leave it."""
+
+import logging
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from latentcore import __version__
+from latentcore.cli import chat, generate
+from latentcore.errors import UserError
+
+EXIT_BUG = 1
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+_ClickException: Any = typer.BadParameter.__mro__[2]
+"""The root of the exceptions that the option parser raises; typer does not export it."""
+
+app = typer.Typer(
+    name="latentcore",
+    help="Runs DeepSeek-architecture language models on CPUs.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(f"latentcore {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+app.command()(generate.generate)
+app.command()(chat.chat)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the program on `arguments` (sys.argv by default) and returns its exit code.
+
+    What the user did wrong is `error: ...` on stderr and exit code 2. Set PYTHONDEVMODE=1 to see
+    the traceback of anything else.
+    """
+    logging.basicConfig(
+        level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr
+    )
+    logging.addLevelName(logging.WARNING, "warning")
+    logging.addLevelName(logging.ERROR, "error")
+    try:
+        code = app(arguments, standalone_mode=False)
+        sys.stdout.flush()
+    except UserError as error:
+        return _fail(str(error))
+    except _ClickException as error:
+        return _fail(error.format_message())
+    except (KeyboardInterrupt, typer.Abort):
+        print(file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone; that includes the flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BUG
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        _fail(f"{type(error).__name__}: {error} (unexpected; PYTHONDEVMODE=1 shows where)")
+        return EXIT_BUG
+    return code if isinstance(code, int) else 0
+
+
+def program() -> None:
+    """The entry point of the installed `latentcore` command."""
+    sys.exit(main())
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return EXIT_USER_ERROR

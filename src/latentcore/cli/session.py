@@ -1,0 +1,207 @@
+"""A model on the command line: loading with a progress bar, streaming, the line of statistics."""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from latentcore.cli.options import ModelOptions, SamplingOptions
+from latentcore.engine.bandwidth import machine_read_bandwidth
+from latentcore.engine.llm import LLM
+from latentcore.engine.loading import Progress
+from latentcore.engine.outputs import RequestOutput
+from latentcore.engine.request import Prompt
+from latentcore.engine.sampling_params import RequestOutputKind, SamplingParams
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """How a request went. Times in seconds, rates a second; None where nothing was decoded.
+
+    `weight_bytes_per_second`: weights read while decoding. `read_bandwidth_share`: that as a share
+    of what this machine was measured to read.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    time_to_first_token: float
+    tokens_per_second: float | None
+    weight_bytes_per_second: float | None
+    read_bandwidth: float | None
+    read_bandwidth_share: float | None
+
+    def line(self) -> str:
+        """One line for people."""
+        parts = [
+            f"{self.prompt_tokens} prompt tokens"
+            + (f" ({self.cached_tokens} cached)" if self.cached_tokens else ""),
+            f"TTFT {_seconds(self.time_to_first_token)}",
+            f"{self.output_tokens} tokens",
+        ]
+        if self.tokens_per_second is not None:
+            parts.append(f"{self.tokens_per_second:.1f} tokens/s")
+        if self.weight_bytes_per_second is not None and self.read_bandwidth_share is not None:
+            parts.append(
+                f"weights {self.weight_bytes_per_second / 1e9:.2f} GB/s = "
+                f"{self.read_bandwidth_share:.0%} of this machine's read bandwidth"
+            )
+        return ", ".join(parts)
+
+
+def open_model(options: ModelOptions) -> LLM:
+    """Loads the model, with a progress bar on stderr where that is a terminal."""
+    progress, finish = _progress()
+    try:
+        return LLM(
+            options.model,
+            quantization=options.quantization.value,
+            threads=options.threads,
+            max_model_len=options.max_model_len,
+            max_num_seqs=1,
+            max_num_batched_tokens=512,
+            enforce_eager=not options.use_graph,
+            progress=progress,
+        )
+    finally:
+        finish()
+
+
+def sampling_params(llm: LLM, options: SamplingOptions) -> SamplingParams:
+    """The model's defaults with the options given on the command line."""
+    return llm.loaded.default_params(**options.given()).replace(
+        max_tokens=options.max_tokens, output_kind=RequestOutputKind.DELTA
+    )
+
+
+def check_sampling(options: SamplingOptions) -> None:
+    """Refuses bad sampling options before anything is loaded."""
+    SamplingParams(**options.given(), max_tokens=options.max_tokens)  # type: ignore[arg-type]
+
+
+@dataclass
+class Answer:
+    """A finished answer."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    statistics: Statistics
+
+    def as_json(self) -> dict[str, object]:
+        """For --json."""
+        return {
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "finish_reason": self.finish_reason,
+            "statistics": asdict(self.statistics),
+        }
+
+
+def answer(
+    llm: LLM, prompt: Prompt, params: SamplingParams, show: Callable[[str], None] | None
+) -> Answer:
+    """Generates one answer, handing its text to `show` as it comes."""
+    pieces: list[str] = []
+    token_ids: list[int] = []
+    times: list[float] = []
+    started = time.monotonic()
+
+    def take(output: RequestOutput) -> None:
+        times.append(time.monotonic())
+        for choice in output.outputs:
+            token_ids.extend(choice.token_ids)
+            pieces.append(choice.text)
+            if show is not None and choice.text:
+                show(choice.text)
+
+    (final,) = llm.generate(prompt, params, on_output=take)
+    reason = final.outputs[0].finish_reason
+    assert reason is not None
+    decode_tokens = len(token_ids) - 1
+    decode_time = times[-1] - times[0]
+    rate = decode_tokens / decode_time if decode_tokens > 0 and decode_time > 0 else None
+    bytes_per_second = bandwidth = share = None
+    if rate is not None:
+        bytes_per_second = rate * llm.loaded.runner.weight_bytes_per_token(1)
+        bandwidth = machine_read_bandwidth()
+        share = bytes_per_second / bandwidth
+    statistics = Statistics(
+        prompt_tokens=len(final.prompt_token_ids),
+        cached_tokens=final.num_cached_tokens,
+        output_tokens=len(token_ids),
+        time_to_first_token=times[0] - started,
+        tokens_per_second=rate,
+        weight_bytes_per_second=bytes_per_second,
+        read_bandwidth=bandwidth,
+        read_bandwidth_share=share,
+    )
+    return Answer("".join(pieces), token_ids, reason, statistics)
+
+
+def write_text(text: str) -> None:
+    """Text alone, at once, to stdout; what the terminal's encoding lacks is replaced."""
+    try:
+        sys.stdout.write(text)
+    except UnicodeEncodeError:
+        encoding = sys.stdout.encoding
+        sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding))
+    sys.stdout.flush()
+
+
+def write_note(text: str) -> None:
+    """A line on stderr, dim where that is a terminal."""
+    if sys.stderr.isatty():
+        text = f"\x1b[2m{text}\x1b[0m"
+    print(text, file=sys.stderr, flush=True)
+
+
+def _progress() -> tuple[Progress, Callable[[], None]]:
+    if sys.stderr.isatty():
+        return _progress_bar()
+    return _progress_line()
+
+
+def _progress_bar() -> tuple[Progress, Callable[[], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    bar = Bar(
+        TextColumn("loading"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    bar.start()
+    task = bar.add_task("loading", total=None)
+
+    def progress(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total)
+
+    return progress, bar.stop
+
+
+def _progress_line() -> tuple[Progress, Callable[[], None]]:
+    """One line at the end, for logs."""
+    started = time.monotonic()
+    loaded = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal loaded
+        loaded = done
+
+    def finish() -> None:
+        if loaded:
+            took = max(time.monotonic() - started, 1e-9)
+            write_note(
+                f"loaded {loaded / 1e6:.1f} MB in {_seconds(took)} ({loaded / took / 1e6:.0f} MB/s)"
+            )
+
+    return progress, finish
+
+
+def _seconds(value: float) -> str:
+    return f"{value * 1e3:.0f} ms" if value < 1 else f"{value:.1f} s"
