@@ -11,8 +11,8 @@ void embedding(Tensor table, Tensor token_ids, Tensor out) {
     const auto ids = c.tensor("token_ids", token_ids, DType::Int, {kAny});
     const int64_t n = ids.size(0), hidden = t.size(1);
     EmbeddingArgs a{static_cast<const uint16_t*>(t.data), static_cast<const int32_t*>(ids.data), t.size(0),
-                    hidden, n, c.data<uint16_t>("out", out, DType::BFloat16, {n, hidden})};
-    c.disjoint("table", a.table, "out", a.out);
+                    hidden, n, c.output<uint16_t>("out", out, DType::BFloat16, {n, hidden})};
+    c.contents("token_ids", a.ids, n, 1, 0, a.vocab - 1);
     c.launch(kernels().embedding, a);
   });
 }
@@ -25,8 +25,7 @@ void rms_norm(Tensor x, Tensor weight, double eps, Tensor out) {
     const int64_t n = v.size(0), hidden = v.size(1);
     c.positive("eps", eps);
     NormArgs a{static_cast<uint16_t*>(v.data), nullptr, c.vector("weight", weight, hidden), n, hidden,
-               static_cast<float>(eps), c.data<uint16_t>("out", out, DType::BFloat16, {n, hidden})};
-    c.disjoint("x", a.residual, "out", a.out);
+               static_cast<float>(eps), c.output<uint16_t>("out", out, DType::BFloat16, {n, hidden})};
     c.launch(kernels().rms_norm, a);
   });
 }
@@ -35,15 +34,13 @@ LC_OP(rms_norm, "(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()")
 template <bool Run>
 void add_rms_norm(Tensor residual, Tensor delta, Tensor weight, double eps, Tensor out) {
   checked("add_rms_norm", Run, [&](const Call& c) {
-    const auto v = c.tensor("residual", residual, DType::BFloat16, {kAny, kAny});
+    const auto v = c.target("residual", residual, DType::BFloat16, {kAny, kAny});
     const int64_t n = v.size(0), hidden = v.size(1);
     c.positive("eps", eps);
     NormArgs a{static_cast<uint16_t*>(v.data),
                c.data<const uint16_t>("delta", delta, DType::BFloat16, {n, hidden}),
                c.vector("weight", weight, hidden), n, hidden, static_cast<float>(eps),
-               c.data<uint16_t>("out", out, DType::BFloat16, {n, hidden})};
-    c.disjoint("residual", a.residual, "out", a.out);
-    c.disjoint("residual", a.residual, "delta", a.delta);
+               c.output<uint16_t>("out", out, DType::BFloat16, {n, hidden})};
     c.launch(kernels().add_rms_norm, a);
   });
 }
@@ -55,8 +52,7 @@ void linear_to(const char* op, const Tensor& x, const Tensor& w, const Desc& w_d
     const Weight weight = c.weight("w", w, w_desc, kLinearFormats, {.batch = 1});
     const auto v = c.tensor("x", x, DType::BFloat16, {kAny, weight.layout.cols});
     const int64_t n = v.size(0);
-    const auto o = c.tensor("out", out, F32 ? DType::Float : DType::BFloat16, {n, weight.layout.rows});
-    c.disjoint("x", v.data, "out", o.data);
+    const auto o = c.target("out", out, F32 ? DType::Float : DType::BFloat16, {n, weight.layout.rows});
     LinearArgs a{static_cast<const uint16_t*>(v.data), n, weight, o.data, F32};
     c.launch(kernels().linear, a);
   });
@@ -80,8 +76,7 @@ void heads(Tensor x, Tensor w, Desc w_desc, Tensor out) {
     c.range("w_desc[cols]", l.cols, 1, 4096);
     const auto v = c.tensor("x", x, DType::BFloat16, {kAny, l.batch, l.cols});
     HeadsArgs a{static_cast<const uint16_t*>(v.data), v.size(0), weight,
-                c.data<uint16_t>("out", out, DType::BFloat16, {v.size(0), l.batch, l.rows})};
-    c.disjoint("x", a.x, "out", a.out);
+                c.output<uint16_t>("out", out, DType::BFloat16, {v.size(0), l.batch, l.rows})};
     c.launch(kernels().heads, a);
   });
 }
@@ -95,8 +90,7 @@ void mlp(Tensor x, Tensor gate_up, Desc gate_up_desc, Tensor down, Desc down_des
                               {.batch = 1, .rows = g.layout.cols, .cols = g.layout.rows});
     const auto v = c.tensor("x", x, DType::BFloat16, {kAny, g.layout.cols});
     MlpArgs a{static_cast<const uint16_t*>(v.data), v.size(0), g, d,
-              c.data<uint16_t>("out", out, DType::BFloat16, {v.size(0), d.layout.rows})};
-    c.disjoint("x", a.x, "out", a.out);
+              c.output<uint16_t>("out", out, DType::BFloat16, {v.size(0), d.layout.rows})};
     c.launch(kernels().mlp, a);
   });
 }

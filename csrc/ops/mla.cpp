@@ -25,14 +25,14 @@ void finish_input(const Call& c, MlaInputArgs& a, const Tensor& kv_a, const Desc
   c.positive("eps", eps);
   a.eps = static_cast<float>(eps);
   a.rope_table = static_cast<const float*>(table.data);
-  a.places = c.places(positions, row_seq, block_tables, a.n);
-  a.cache = c.cache("cache", cache);
+  a.cache = c.cache("cache", cache, true);
   if (a.cache.dim < s.latent + s.rope)
     c.fail("cache", "rows of at least " + std::to_string(s.latent + s.rope), std::to_string(a.cache.dim));
+  a.places = c.places(positions, row_seq, block_tables, a.n, a.cache, table.size(0), Call::Blocks::Last);
   c.range("absorbed", absorbed, 0, a.n);
   a.absorbed = absorbed;
-  a.q = c.data<uint16_t>("q", q, DType::BFloat16, {a.n, s.heads, s.nope + s.rope});
-  a.q_latent = c.data<uint16_t>("q_latent", q_latent, DType::BFloat16, {a.n, s.heads, a.cache.dim});
+  a.q = c.output<uint16_t>("q", q, DType::BFloat16, {a.n, s.heads, s.nope + s.rope});
+  a.q_latent = c.output<uint16_t>("q_latent", q_latent, DType::BFloat16, {a.n, s.heads, a.cache.dim});
 }
 
 template <bool Run>
@@ -91,16 +91,16 @@ void mla_decode_attention(Tensor q_latent, Tensor w_vc, Desc w_vc_desc, Tensor p
     MlaDecodeArgs a{};
     a.w_vc = c.weight("w_vc", w_vc, w_vc_desc, kHeadFormats, {});
     const Layout& l = a.w_vc.layout;
-    a.cache = c.cache("cache", cache);
+    a.cache = c.cache("cache", cache, false);
     if (a.cache.dim < l.cols) c.fail("cache", "rows of at least " + std::to_string(l.cols), std::to_string(a.cache.dim));
     const auto v = c.tensor("q_latent", q_latent, DType::BFloat16, {kAny, l.batch, a.cache.dim});
     a.q_latent = static_cast<const uint16_t*>(v.data);
     a.n = v.size(0);
-    a.places = c.places(positions, row_seq, block_tables, a.n);
+    a.places = c.places(positions, row_seq, block_tables, a.n, a.cache, INT64_MAX, Call::Blocks::All);
     a.shape = {l.batch, 0, 0, l.rows, l.cols};
     c.positive("scale", scale);
     a.scale = static_cast<float>(scale);
-    a.out = c.data<uint16_t>("out", out, DType::BFloat16, {a.n, l.batch * l.rows});
+    a.out = c.output<uint16_t>("out", out, DType::BFloat16, {a.n, l.batch * l.rows});
     if (a.n > 0) c.launch(kernels().mla_decode, a);
   });
 }
@@ -124,7 +124,7 @@ void mla_prefill_attention(Tensor q, Tensor kv_b, Desc kv_b_desc, Tensor segment
     a.shape = {heads, nope, qk_rope_head_dim, v_head_dim, kv_lora_rank};
     a.kv_b = c.weight("kv_b", kv_b, kv_b_desc, kLinearFormats,
                       {.batch = 1, .rows = heads * (nope + v_head_dim), .cols = kv_lora_rank});
-    a.cache = c.cache("cache", cache);
+    a.cache = c.cache("cache", cache, false);
     if (a.cache.dim < kv_lora_rank + qk_rope_head_dim)
       c.fail("cache", "rows of at least " + std::to_string(kv_lora_rank + qk_rope_head_dim), std::to_string(a.cache.dim));
     const auto t = c.tensor("block_tables", block_tables, DType::Int, {kAny, kAny});
@@ -134,9 +134,9 @@ void mla_prefill_attention(Tensor q, Tensor kv_b, Desc kv_b_desc, Tensor segment
     a.segment_count = s.size(0);
     c.positive("scale", scale);
     a.scale = static_cast<float>(scale);
-    a.out = c.data<uint16_t>("out", out, DType::BFloat16, {a.n, heads * v_head_dim});
+    a.out = c.output<uint16_t>("out", out, DType::BFloat16, {a.n, heads * v_head_dim});
     if (!c.runs()) return;
-    if (Graph::recording() != nullptr) c.fail("segments", "eager execution: prefill is never captured", "a capture");
+    c.refuse_capture("segments");
     for (int64_t i = 0; i < a.segment_count; ++i) {
       const int32_t* g = a.segments + i * 4;
       if (g[0] < 0 || g[1] < 1 || int64_t{g[0]} + g[1] > a.n || g[2] < 0 || g[2] >= t.size(0) || g[3] < 0)
@@ -175,17 +175,23 @@ void load_step(Tensor token_ids, Tensor positions, Tensor row_seq, Tensor block_
     const auto* seq = c.data<const int32_t>("row_seq", row_seq, DType::Int, {n});
     const auto tables = c.tensor("block_tables", block_tables, DType::Int, {kAny, kAny});
     const auto* table = static_cast<const int32_t*>(tables.data);
-    const auto to_ids = c.tensor("token_ids_to", token_ids_to, DType::Int, {kAny});
-    const auto to_pos = c.tensor("positions_to", positions_to, DType::Int, {kAny});
-    const auto to_seq = c.tensor("row_seq_to", row_seq_to, DType::Int, {kAny});
-    const auto to_tables = c.tensor("block_tables_to", block_tables_to, DType::Int, {kAny, kAny});
+    const auto to_ids = c.target("token_ids_to", token_ids_to, DType::Int, {kAny});
+    const auto to_pos = c.target("positions_to", positions_to, DType::Int, {kAny});
+    const auto to_seq = c.target("row_seq_to", row_seq_to, DType::Int, {kAny});
+    const auto to_tables = c.target("block_tables_to", block_tables_to, DType::Int, {kAny, kAny});
     c.range("token_ids rows", n, 1, to_ids.size(0));
     c.range("positions rows", n, 1, to_pos.size(0));
     c.range("row_seq rows", n, 1, to_seq.size(0));
     c.range("block_tables rows", tables.size(0), 1, to_tables.size(0));
     c.range("block_tables width", tables.size(1), 1, to_tables.size(1));
+    constexpr int64_t kMax = int64_t{1} << 31;
+    c.range("vocab_size", vocab_size, 1, kMax);
+    c.range("num_blocks", num_blocks, 1, kMax);
     c.range("block_size", block_size, 1, 1 << 20);
+    c.range("max_position", max_position, 1, kMax);
     if (!c.runs()) return;
+    c.refuse_capture("token_ids_to");
+    c.apart();
     const auto bad = [&](const char* name, int64_t row, int64_t low, int64_t high, int64_t found) {
       c.fail(name, std::to_string(low) + ".." + std::to_string(high) + " at row " + std::to_string(row),
              std::to_string(found));

@@ -22,8 +22,8 @@ void route_softmax(Tensor x, Tensor w, Desc w_desc, int64_t n_group, int64_t top
     check_groups(c, weight.layout.rows, n_group, topk_group, top_k);
     c.positive("factor", factor);
     RouteArgs a{static_cast<const uint16_t*>(v.data), n, weight, nullptr, n_group, topk_group, top_k, false,
-                normalize, static_cast<float>(factor), c.data<int32_t>("ids", ids, DType::Int, {n, top_k}),
-                c.data<float>("weights", weights, DType::Float, {n, top_k})};
+                normalize, static_cast<float>(factor), c.output<int32_t>("ids", ids, DType::Int, {n, top_k}),
+                c.output<float>("weights", weights, DType::Float, {n, top_k})};
     c.launch(kernels().route, a);
   });
 }
@@ -42,8 +42,8 @@ void route_sigmoid(Tensor x, Tensor w, Desc w_desc, Tensor bias, int64_t n_group
     c.positive("factor", factor);
     RouteArgs a{static_cast<const uint16_t*>(v.data), n, weight, c.vector("bias", bias, weight.layout.rows),
                 n_group, topk_group, top_k, true, normalize, static_cast<float>(factor),
-                c.data<int32_t>("ids", ids, DType::Int, {n, top_k}),
-                c.data<float>("weights", weights, DType::Float, {n, top_k})};
+                c.output<int32_t>("ids", ids, DType::Int, {n, top_k}),
+                c.output<float>("weights", weights, DType::Float, {n, top_k})};
     c.launch(kernels().route, a);
   });
 }
@@ -63,9 +63,9 @@ MoeArgs moe_args(const Call& c, const Tensor& x, const Tensor& ids, const Tensor
   a.n = v.size(0);
   a.top_k = i.size(1);
   a.ids = static_cast<const int32_t*>(i.data);
+  c.contents("ids", a.ids, a.n * a.top_k, a.top_k, 0, g.batch - 1);
   a.weights = c.data<const float>("weights", weights, DType::Float, {a.n, a.top_k});
-  a.out = c.data<uint16_t>("out", out, DType::BFloat16, {a.n, g.cols});
-  c.disjoint("x", a.x, "out", a.out);
+  a.out = c.output<uint16_t>("out", out, DType::BFloat16, {a.n, g.cols});
   return a;
 }
 

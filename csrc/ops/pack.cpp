@@ -7,7 +7,7 @@ namespace {
 // The destination: a packed weight of this format, written in place.
 PackArgs destination(const Call& c, const Tensor& dst, const Desc& desc, Format f, int64_t item, int64_t part) {
   PackArgs a{};
-  const Weight w = c.weight("dst", dst, desc, 1u << static_cast<int>(f), {.parts = kAny});
+  const Weight w = c.weight("dst", dst, desc, 1u << static_cast<int>(f), {.parts = kAny}, true);
   a.dst = const_cast<uint8_t*>(w.data);
   a.layout = w.layout;
   c.range("item", item, 0, a.layout.batch - 1);
@@ -30,12 +30,12 @@ template <bool Run>
 void pack_f32(Tensor dst, Desc desc, int64_t item, int64_t part, Tensor w) {
   pack_plain<Format::F32, Run>("pack_f32", dst, desc, item, part, w, DType::Float);
 }
-LC_OP(pack_f32, "(Tensor(a!) dst, int[] desc, int item, int part, Tensor w) -> ()")
+LC_OP(pack_f32, "(Tensor(a!) dst, int[] dst_desc, int item, int part, Tensor w) -> ()")
 template <bool Run>
 void pack_bf16(Tensor dst, Desc desc, int64_t item, int64_t part, Tensor w) {
   pack_plain<Format::BF16, Run>("pack_bf16", dst, desc, item, part, w, DType::BFloat16);
 }
-LC_OP(pack_bf16, "(Tensor(a!) dst, int[] desc, int item, int part, Tensor w) -> ()")
+LC_OP(pack_bf16, "(Tensor(a!) dst, int[] dst_desc, int item, int part, Tensor w) -> ()")
 
 template <bool Run>
 void pack_int8(Tensor dst, Desc desc, int64_t item, int64_t part, Tensor w, Tensor scale) {
@@ -46,7 +46,7 @@ void pack_int8(Tensor dst, Desc desc, int64_t item, int64_t part, Tensor w, Tens
     c.launch(kernels().pack, a);
   });
 }
-LC_OP(pack_int8, "(Tensor(a!) dst, int[] desc, int item, int part, Tensor w, Tensor scale) -> ()")
+LC_OP(pack_int8, "(Tensor(a!) dst, int[] dst_desc, int item, int part, Tensor w, Tensor scale) -> ()")
 
 template <bool Run>
 void pack_fp8(Tensor dst, Desc desc, int64_t item, int64_t part, Tensor w, Tensor scale_inv) {
@@ -58,7 +58,7 @@ void pack_fp8(Tensor dst, Desc desc, int64_t item, int64_t part, Tensor w, Tenso
     c.launch(kernels().pack, a);
   });
 }
-LC_OP(pack_fp8, "(Tensor(a!) dst, int[] desc, int item, int part, Tensor w, Tensor scale_inv) -> ()")
+LC_OP(pack_fp8, "(Tensor(a!) dst, int[] dst_desc, int item, int part, Tensor w, Tensor scale_inv) -> ()")
 
 template <bool Run>
 void pack_int8_wide(Tensor dst, Desc desc, int64_t item, Tensor w, Tensor row_scale, Tensor column_scale) {
@@ -71,17 +71,16 @@ void pack_int8_wide(Tensor dst, Desc desc, int64_t item, Tensor w, Tensor row_sc
   });
 }
 LC_OP(pack_int8_wide,
-      "(Tensor(a!) dst, int[] desc, int item, Tensor w, Tensor row_scale, Tensor column_scale) -> ()")
+      "(Tensor(a!) dst, int[] dst_desc, int item, Tensor w, Tensor row_scale, Tensor column_scale) -> ()")
 
 // Writes the descriptor into fresh memory of the right size.
 template <bool Run>
 void init_packed(Tensor dst, Desc desc) {
   checked("init_packed", Run, [&](const Call& c) {
-    if (desc.size() != 5 || !is_format(desc[0])) c.fail("desc", "[format, batch, parts, rows, cols]", "another");
-    for (int i = 1; i < 5; ++i) c.range("desc", desc[i], 1, int64_t{1} << 31);
-    const Layout l{static_cast<Format>(desc[0]), desc[1], desc[2], desc[3], desc[4]};
-    auto* p = c.data<uint8_t>("dst", dst, DType::Byte, {l.bytes()});
+    const Layout l = c.layout("dst_desc", desc);
+    auto* p = c.output<uint8_t>("dst", dst, DType::Byte, {l.bytes()});
     if (!c.runs()) return;
+    c.refuse_capture("dst");
     Header h{};
     std::memcpy(h.magic, kPackMagic, 8);
     h.version = kPackVersion;
@@ -94,7 +93,7 @@ void init_packed(Tensor dst, Desc desc) {
     std::memcpy(p, &h, sizeof h);
   });
 }
-LC_OP(init_packed, "(Tensor(a!) dst, int[] desc) -> ()")
+LC_OP(init_packed, "(Tensor(a!) dst, int[] dst_desc) -> ()")
 
 }  // namespace
 }  // namespace lc

@@ -32,8 +32,7 @@ std::string cpu_features_text() {
   return s;
 }
 int64_t packed_bytes(Desc d) {
-  if (d.size() != 5 || !is_format(d[0])) Call("packed_bytes", true).fail("desc", "[format, batch, parts, rows, cols]", "another");
-  return Layout{static_cast<Format>(d[0]), d[1], d[2], d[3], d[4]}.bytes();
+  return Call("packed_bytes", true).layout("desc", d).bytes();
 }
 void release_scratch() { Team::get().release_scratch(); }
 
@@ -68,6 +67,10 @@ void graph_free(int64_t handle) {
   graphs.erase(handle);
 }
 
+double peak_ops(int64_t format, double seconds) {
+  if (!is_format(format)) Call("peak_ops", true).fail("format", "a packed format in 1..5", std::to_string(format));
+  return measure_peak(static_cast<Format>(format), seconds);
+}
 double read_bandwidth(int64_t bytes, double seconds) { return measure_read_bandwidth(bytes, seconds); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(latentcore, m) {
@@ -83,6 +86,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(latentcore, m) {
   m.def("graph_end() -> int");
   m.def("graph_replay(int handle) -> ()");
   m.def("graph_free(int handle) -> ()");
+  m.def("peak_ops(int format, float seconds) -> float");
   m.def("read_bandwidth(int bytes, float seconds) -> float");
 }
 STABLE_TORCH_LIBRARY_IMPL(latentcore, CompositeExplicitAutograd, m) {
@@ -98,6 +102,7 @@ STABLE_TORCH_LIBRARY_IMPL(latentcore, CompositeExplicitAutograd, m) {
   m.impl("graph_end", TORCH_BOX(&graph_end));
   m.impl("graph_replay", TORCH_BOX(&graph_replay));
   m.impl("graph_free", TORCH_BOX(&graph_free));
+  m.impl("peak_ops", TORCH_BOX(&peak_ops));
   m.impl("read_bandwidth", TORCH_BOX(&read_bandwidth));
 }
 

@@ -33,9 +33,9 @@ def require_cpu() -> str:
         raise UnsupportedCpuError(str(error).splitlines()[0]) from None
 
 
-def init_packed(data: torch.Tensor, desc: list[int]) -> None:
-    """Writes the header of a packed weight into fresh memory `data` (uint8, of the exact size)."""
-    _init_packed(data, desc)
+def init_packed(dst: torch.Tensor, dst_desc: list[int]) -> None:
+    """Writes the header of a packed weight into fresh memory `dst` (uint8, of the exact size)."""
+    _init_packed(dst, dst_desc)
 
 
 def unpack(name: str, argument: str, weight: "PackedWeight") -> tuple[torch.Tensor, list[int]]:
