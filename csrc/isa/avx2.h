@@ -234,6 +234,34 @@ struct Avx2 {
     }
   }
 
+  // Operations of `iters` rounds of the format's best instruction, in registers.
+  template <Format F>
+  static int64_t peak_round(int64_t iters) {
+    if constexpr (F == Format::INT8) {
+      __m256i acc[12] = {}, w = _mm256_set1_epi16(2);
+      for (int64_t i = 0; i < iters; ++i) {
+        LC_UNROLL
+        for (int j = 0; j < 12; ++j) {
+          __m256i a = _mm256_set1_epi16(1);
+          __asm__ volatile("" : "+x"(a));
+          acc[j] = _mm256_add_epi32(acc[j], _mm256_madd_epi16(a, w));
+          __asm__ volatile("" : "+x"(acc[j]));
+        }
+      }
+      return iters * 12 * 32;
+    } else {
+      __m256 acc[12] = {}, a = _mm256_set1_ps(1.0f), w = _mm256_set1_ps(1.5f);
+      for (int64_t i = 0; i < iters; ++i) {
+        LC_UNROLL
+        for (int j = 0; j < 12; ++j) {
+          acc[j] = madd(a, w, acc[j]);
+          __asm__ volatile("" : "+x"(acc[j]));
+        }
+      }
+      return iters * 12 * 16;
+    }
+  }
+
   // Sums of two neighbouring lanes of a0..a3, in row order.
   LC_INLINE void store_pairs(const __m256 a[4], float* c) {
     LC_UNROLL

@@ -209,6 +209,43 @@ struct Avx512 {
   }
   static constexpr int kPairBytes = HasBf16 ? 4 : 8;  // two activations
 
+  // Operations of `iters` rounds of the format's best instruction, in registers.
+  template <Format F>
+  static int64_t peak_round(int64_t iters) {
+    if constexpr (F == Format::INT8) {
+      __m512i acc[12] = {}, a = _mm512_set1_epi8(1), w = _mm512_set1_epi8(2);
+      for (int64_t i = 0; i < iters; ++i) {
+        LC_UNROLL
+        for (int j = 0; j < 12; ++j) {
+          acc[j] = _mm512_dpbusd_epi32(acc[j], a, w);
+          __asm__ volatile("" : "+v"(acc[j]));
+        }
+      }
+      return iters * 12 * 128;
+    } else if constexpr (F == Format::BF16 && HasBf16) {
+      __m512 acc[12] = {};
+      __m512i a = _mm512_set1_epi32(0x3f803f80), w = a;
+      for (int64_t i = 0; i < iters; ++i) {
+        LC_UNROLL
+        for (int j = 0; j < 12; ++j) {
+          acc[j] = _mm512_dpbf16_ps(acc[j], (__m512bh)a, (__m512bh)w);
+          __asm__ volatile("" : "+v"(acc[j]));
+        }
+      }
+      return iters * 12 * 64;
+    } else {
+      __m512 acc[12] = {}, a = _mm512_set1_ps(1.0f), w = _mm512_set1_ps(1.5f);
+      for (int64_t i = 0; i < iters; ++i) {
+        LC_UNROLL
+        for (int j = 0; j < 12; ++j) {
+          acc[j] = _mm512_fmadd_ps(a, w, acc[j]);
+          __asm__ volatile("" : "+v"(acc[j]));
+        }
+      }
+      return iters * 12 * 32;
+    }
+  }
+
   // How one line of a format is read and multiplied. Acc: 16 sums, one a row of the panel.
   template <Format F>
   struct Unit {

@@ -130,6 +130,11 @@ struct PackArgs {
   Layout layout;
   int64_t item, part;
 };
+struct PeakArgs {
+  Format format;
+  int64_t iters;
+  int64_t* ops;  // operations done, one line a thread
+};
 struct HeadsArgs {  // batched product a head: out[n, h, rows] = x[n, h, cols] * w[h]
   const uint16_t* x;
   int64_t n;

@@ -188,6 +188,19 @@ void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64
 }
 
 template <Format F>
+int64_t Amx::peak_round(int64_t iters) {
+  if constexpr (F == Format::F32) return Avx512<true, true>::peak_round<F>(iters);
+  configure_tiles(16);
+  for (int64_t i = 0; i < iters; ++i) {
+    LC_DOT(0, 4, 6);
+    LC_DOT(1, 4, 7);
+    LC_DOT(2, 5, 6);
+    LC_DOT(3, 5, 7);
+  }
+  return iters * 4 * 16 * 16 * (F == Format::INT8 ? 64 : 32) * 2;
+}
+
+template <Format F>
 void Amx::tile_product(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64_t m, int multiple,
                        const Sink& sink) {
   if (F == Format::INT8 && m <= kVnniRows)

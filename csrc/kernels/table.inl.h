@@ -5,6 +5,7 @@
 #include "kernels/mla.inl.h"
 #include "kernels/moe.inl.h"
 #include "kernels/pack.inl.h"
+#include "kernels/peak.inl.h"
 
 namespace {
 
@@ -22,6 +23,7 @@ const KernelTable& make_table() {
       .route = {"route", route<Isa>, scratch_of<RoutePlan<Isa>, RouteArgs>},
       .moe = {"moe", moe<Isa>, moe_scratch<Isa>},
       .heads = {"heads", heads<Isa>, scratch_of<HeadsPlan<Isa>, HeadsArgs>},
+      .peak = {"peak", peak<Isa>, no_scratch},
       .pack = {"pack", pack, no_scratch},
   };
   return table;

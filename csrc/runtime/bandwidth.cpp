@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "kernels/args.h"
+#include "kernels/kernels.h"
 #include "runtime/team.h"
 
 namespace lc {
@@ -99,6 +101,28 @@ double measure_read_bandwidth(int64_t bytes, double seconds) {
     }
   munmap(mem, total);
   return best;
+}
+
+double measure_peak(Format format, double seconds) {
+  Team& team = Team::get();
+  std::vector<int64_t> ops(static_cast<size_t>(team.size()) * 8);
+  PeakArgs args{format, 1 << 14, ops.data()};
+  const auto once = [&] {
+    const auto start = std::chrono::steady_clock::now();
+    const Node node{&kernels().peak, &args};
+    team.run(&node, 1);
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  };
+  while (once() < seconds / 6 && args.iters < (int64_t{1} << 40)) args.iters *= 2;
+  double rates[5];
+  for (double& rate : rates) {
+    const double t = once();
+    int64_t total = 0;
+    for (int i = 0; i < team.size(); ++i) total += ops[static_cast<size_t>(i) * 8];
+    rate = static_cast<double>(total) / t;
+  }
+  std::sort(rates, rates + 5);
+  return rates[2];
 }
 
 }  // namespace lc

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from latentcore.errors import UserError
 from latentcore.ops.native import op, require_cpu
+from latentcore.quant.packed import Format
 
 _set_threads = op("set_threads")
 _num_threads = op("num_threads")
@@ -16,6 +17,7 @@ _graph_begin = op("graph_begin")
 _graph_end = op("graph_end")
 _graph_replay = op("graph_replay")
 _graph_free = op("graph_free")
+_peak_ops = op("peak_ops")
 _read_bandwidth = op("read_bandwidth")
 
 
@@ -68,6 +70,15 @@ def release_scratch() -> None:
 def read_bandwidth(nbytes: int, seconds: float) -> float:
     """Bytes a second that the team reads, measured within `nbytes` of memory and about `seconds`."""
     return float(_read_bandwidth(nbytes, seconds))
+
+
+def peak_ops(fmt: Format, seconds: float) -> float:
+    """Operations a second that the team reaches in registers with this tier's best instruction.
+
+    For INT8 that is an int8 product, for F32 an fp32 one, for all others bf16 (fp32 where the tier
+    has no bf16 instruction). A multiplication and an addition count as two.
+    """
+    return float(_peak_ops(int(fmt), seconds))
 
 
 class Graph:
