@@ -345,7 +345,7 @@ LC_INLINE void finish_latent(const MlaDecodeArgs& a, const MlaDecodePlan<Isa>& p
   const vf r = vset1(1.0f / sum);
   for (int64_t k = 0; k < plan.width; k += 16) vstore(out + k, vmul(vload(out + k), r));
   const Act act = act_at<Isa>(a.w_vc.layout.format, plan.latent_act + head * plan.act_bytes, a.n, a.shape.latent);
-  act_prepare_row_f32<Isa>(act, row, out, nullptr, a.shape.latent);
+  act_prepare_row_f32<Isa>(act, row, out, panels_of(a.w_vc, head).column_scale, a.shape.latent);
 }
 
 template <class Isa>
