@@ -113,6 +113,43 @@ LC_INLINE void vsplit_pairs(vf a, vf b, vf& even, vf& odd) {
   even = {split(a.lo, a.hi, 0), split(b.lo, b.hi, 0)};
   odd = {split(a.lo, a.hi, 1), split(b.lo, b.hi, 1)};
 }
+// One truth value a lane. Comparisons with NaN are false.
+struct vm {
+  __m256 lo, hi;
+};
+LC_INLINE vm vgt(vf a, vf b) {
+  return {_mm256_cmp_ps(a.lo, b.lo, _CMP_GT_OQ), _mm256_cmp_ps(a.hi, b.hi, _CMP_GT_OQ)};
+}
+LC_INLINE vm vge(vf a, vf b) {
+  return {_mm256_cmp_ps(a.lo, b.lo, _CMP_GE_OQ), _mm256_cmp_ps(a.hi, b.hi, _CMP_GE_OQ)};
+}
+LC_INLINE vm vand(vm a, vm b) { return {_mm256_and_ps(a.lo, b.lo), _mm256_and_ps(a.hi, b.hi)}; }
+LC_INLINE vf vkeep(vm m, vf a) { return {_mm256_and_ps(m.lo, a.lo), _mm256_and_ps(m.hi, a.hi)}; }
+LC_INLINE uint32_t vbits(vm m) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(m.lo)) |
+         static_cast<uint32_t>(_mm256_movemask_ps(m.hi)) << 8;
+}
+struct PackTable {
+  uint8_t lane[256][8];
+};
+constexpr PackTable make_pack_table() {
+  PackTable t{};
+  for (int m = 0; m < 256; ++m)
+    for (int i = 0, n = 0; i < 8; ++i)
+      if (m >> i & 1) t.lane[m][n++] = static_cast<uint8_t>(i);
+  return t;
+}
+constexpr PackTable kPack = make_pack_table();
+LC_INLINE int vpack(float* p, vm m, vf a) {
+  const auto half = [](float* to, __m256 keep, __m256 v) {
+    const int bits = _mm256_movemask_ps(keep);
+    const __m128i lanes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kPack.lane[bits]));
+    _mm256_storeu_ps(to, _mm256_permutevar8x32_ps(v, _mm256_cvtepu8_epi32(lanes)));
+    return __builtin_popcount(static_cast<unsigned>(bits));
+  };
+  const int n = half(p, m.lo, a.lo);
+  return n + half(p + n, m.hi, a.hi);
+}
 LC_INLINE void vprefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 // int8 activations as int16, without bias: `vpmaddubsw` would saturate on products of u8 and s8.

@@ -69,6 +69,22 @@ LC_INLINE void vsplit_pairs(vf a, vf b, vf& even, vf& odd) {
   even.v = _mm512_permutex2var_ps(a.v, ie, b.v);
   odd.v = _mm512_permutex2var_ps(a.v, io, b.v);
 }
+// One truth value a lane. Comparisons with NaN are false.
+struct vm {
+  __mmask16 m;
+};
+LC_INLINE vm vgt(vf a, vf b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
+LC_INLINE vm vge(vf a, vf b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ)}; }
+LC_INLINE vm vand(vm a, vm b) { return {static_cast<__mmask16>(a.m & b.m)}; }
+// a where true, else 0.
+LC_INLINE vf vkeep(vm m, vf a) { return {_mm512_maskz_mov_ps(m.m, a.v)}; }
+// Lane i as bit i.
+LC_INLINE uint32_t vbits(vm m) { return m.m; }
+// Stores the true lanes of a side by side and returns their number; may write 16 floats all the same.
+LC_INLINE int vpack(float* p, vm m, vf a) {
+  _mm512_storeu_ps(p, _mm512_maskz_compress_ps(m.m, a.v));
+  return __builtin_popcount(m.m);
+}
 LC_INLINE void vprefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 // Stores round(v) as the int8 activation form of this tier: unsigned, +128.

@@ -141,5 +141,49 @@ struct HeadsArgs {  // batched product a head: out[n, h, rows] = x[n, h, cols] *
   Weight w;
   uint16_t* out;
 };
+// Sampling. Rows of float logits, `vocab` wide.
+struct RestrictArgs {
+  float* logits;
+  int64_t vocab, m;
+  const int32_t* rows;     // [m]
+  const int32_t* allowed;  // [m, ceil(vocab / 32)]
+};
+// Row i's entries stand at offsets[i]..offsets[i + 1].
+struct BiasArgs {
+  float* logits;
+  int64_t n, vocab;
+  const int32_t *offsets, *token_ids;
+  const float* bias;
+};
+struct PenalizeArgs {
+  float* logits;
+  int64_t n, vocab;
+  const int32_t *offsets, *output_offsets, *token_ids;
+  const float *repetition, *presence, *frequency;
+};
+struct SampleArgs {
+  const float* logits;
+  int64_t n, vocab;
+  const float* temperature;
+  const int32_t* top_k;
+  const float *top_p, *min_p;
+  const int64_t *seeds, *counters;
+  int32_t* token_ids;
+  float* logprobs;
+};
+struct GreedyArgs {
+  const float* logits;
+  int64_t n, vocab;
+  int32_t* token_ids;
+};
+struct LogprobsArgs {
+  const float* logits;
+  int64_t n, vocab, m, k;
+  const int32_t* token_ids;  // [n, m]
+  float* values;
+  int32_t* ranks;
+  int32_t* top_ids;  // [n, k]
+  float* top_values;
+};
 
 }  // namespace lc
