@@ -490,6 +490,17 @@ def _check_survivor(checkpoint: Checkpoint) -> None:
     assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
 
 
+def _open_or_refuse(folder: Path) -> Checkpoint | None:
+    """The checkpoint, or None where it is refused with printable problems."""
+    refusal: CheckpointError | None = None
+    try:
+        return Checkpoint.open(folder)
+    except CheckpointError as error:
+        refusal = error
+    assert all(problem.isprintable() for problem in refusal.problems)
+    return None
+
+
 def _fuzz(tmp_path: Path, cases: int, seed: int) -> None:
     rng = random.Random(seed)
     header = {name: Entry("BF16", (2, i + 1)) for i, name in enumerate("abcdef")}
@@ -499,14 +510,11 @@ def _fuzz(tmp_path: Path, cases: int, seed: int) -> None:
     accepted = 0
     for _ in range(cases):
         file.write_bytes(_mutate(rng, good))
-        try:
-            checkpoint = Checkpoint.open(tmp_path)
-        except CheckpointError as error:
-            assert all(problem.isprintable() for problem in error.problems)
-            continue
-        accepted += 1
-        _check_survivor(checkpoint)
-        checkpoint.close()
+        checkpoint = _open_or_refuse(tmp_path)
+        if checkpoint is not None:
+            accepted += 1
+            _check_survivor(checkpoint)
+            checkpoint.close()
     assert accepted < cases
 
 
@@ -525,11 +533,8 @@ def test_fuzzed_index(folder: Path) -> None:
     good = (folder / INDEX_NAME).read_bytes()
     for _ in range(300):
         (folder / INDEX_NAME).write_bytes(_mutate(rng, good))
-        try:
-            checkpoint = Checkpoint.open(folder)
-        except CheckpointError as error:
-            assert all(problem.isprintable() for problem in error.problems)
-        else:
+        checkpoint = _open_or_refuse(folder)
+        if checkpoint is not None:
             assert all(file.parent == folder for file in checkpoint.shards)
 
 

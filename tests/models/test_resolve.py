@@ -152,8 +152,10 @@ FAULTS: dict[str, tuple[str, Callable[[Sparse], None], list[str]]] = {
         "int8",
         _remove(f"{ATTN}.o_proj.weight_scale"),
         [
-            f"{ATTN}.o_proj.weight: expected weight_scale [out, 1] beside a weight of dtype I8 "
-            f"(w8a8_int8), found no companion"
+            (
+                f"{ATTN}.o_proj.weight: expected weight_scale [out, 1] beside a weight of dtype I8 "
+                f"(w8a8_int8), found no companion"
+            )
         ],
     ),
     "scale-flat": (
@@ -165,8 +167,10 @@ FAULTS: dict[str, tuple[str, Callable[[Sparse], None], list[str]]] = {
         "int8",
         _change(f"{ATTN}.o_proj.weight_scale", "BF16", (7168, 1)),
         [
-            f"{ATTN}.o_proj.weight_scale: expected dtype F32 beside a weight of I8 (w8a8_int8), "
-            f"found BF16"
+            (
+                f"{ATTN}.o_proj.weight_scale: expected dtype F32 beside a weight of I8 "
+                f"(w8a8_int8), found BF16"
+            )
         ],
     ),
     "grid-short": (
@@ -182,32 +186,40 @@ FAULTS: dict[str, tuple[str, Callable[[Sparse], None], list[str]]] = {
             Entry("F32", (56, 128)),
         ),
         [
-            f"{ATTN}.o_proj.weight: expected weight_scale [out, 1] beside a weight of dtype I8 "
-            f"(w8a8_int8), found weight_scale_inv"
+            (
+                f"{ATTN}.o_proj.weight: expected weight_scale [out, 1] beside a weight of dtype I8 "
+                f"(w8a8_int8), found weight_scale_inv"
+            )
         ],
     ),
     "bf16-with-scale": (
         "bf16",
         _add(f"{ATTN}.o_proj.weight_scale", Entry("F32", (7168, 1))),
         [
-            f"{ATTN}.o_proj.weight: expected no companion beside a weight of dtype BF16 (bf16), "
-            f"found weight_scale"
+            (
+                f"{ATTN}.o_proj.weight: expected no companion beside a weight of dtype BF16 "
+                f"(bf16), found weight_scale"
+            )
         ],
     ),
     "both-scales": (
         "fp8",
         _add(f"{ATTN}.o_proj.weight_scale", Entry("F32", (7168, 1))),
         [
-            f"{ATTN}.o_proj.weight: expected weight_scale_inv [ceil(out / 128), ceil(in / 128)] "
-            f"beside a weight of dtype F8_E4M3 (fp8), found weight_scale, weight_scale_inv"
+            (
+                f"{ATTN}.o_proj.weight: expected weight_scale_inv [ceil(out / 128), "
+                f"ceil(in / 128)] beside a weight of dtype F8_E4M3 (fp8), found weight_scale, weight_scale_inv"
+            )
         ],
     ),
     "strange-dtype": (
         "bf16",
         _change(f"{ATTN}.o_proj.weight", "U8", (7168, 16384)),
         [
-            f"{ATTN}.o_proj.weight: expected a weight of dtype BF16, I8, F8_E4M3, F32, F16, "
-            f"found U8 with no companion"
+            (
+                f"{ATTN}.o_proj.weight: expected a weight of dtype BF16, I8, F8_E4M3, F32, F16, "
+                f"found U8 with no companion"
+            )
         ],
     ),
     "expert-absent": (
@@ -220,11 +232,15 @@ FAULTS: dict[str, tuple[str, Callable[[Sparse], None], list[str]]] = {
             )
         ),
         [
-            "model.layers.37.mlp.experts.255.gate_proj.weight: missing; expected shape "
-            "[2048, 7168]",
+            (
+                "model.layers.37.mlp.experts.255.gate_proj.weight: missing; expected shape "
+                "[2048, 7168]"
+            ),
             "model.layers.37.mlp.experts.255.up_proj.weight: missing; expected shape [2048, 7168]",
-            "model.layers.37.mlp.experts.255.down_proj.weight: missing; expected shape "
-            "[7168, 2048]",
+            (
+                "model.layers.37.mlp.experts.255.down_proj.weight: missing; expected shape "
+                "[7168, 2048]"
+            ),
         ],
     ),
     "expert-too-many": (
@@ -241,8 +257,10 @@ FAULTS: dict[str, tuple[str, Callable[[Sparse], None], list[str]]] = {
         "int8",
         _change("model.layers.5.mlp.gate.weight", "I8", (256, 7168)),
         [
-            "model.layers.5.mlp.gate.weight: expected dtype BF16, F32 or F16 (this tensor is never "
-            "quantized), found I8"
+            (
+                "model.layers.5.mlp.gate.weight: expected dtype BF16, F32 or F16 (this tensor is "
+                "never quantized), found I8"
+            )
         ],
     ),
     "router-bias-missing": (
@@ -279,8 +297,10 @@ FAULTS: dict[str, tuple[str, Callable[[Sparse], None], list[str]]] = {
         "bf16",
         _change("model.layers.61.eh_proj.weight", "BF16", (7168, 7168)),
         [
-            "model.layers.61.eh_proj.weight: expected shape [7168, 14336], found [7168, 7168] "
-            "(multi-token-prediction layer)"
+            (
+                "model.layers.61.eh_proj.weight: expected shape [7168, 14336], found [7168, 7168] "
+                "(multi-token-prediction layer)"
+            )
         ],
     ),
     "mtp-stranger": (

@@ -23,7 +23,7 @@ COMPANION_SUFFIXES = tuple(
 
 _BY_DTYPE: Mapping[torch.dtype, QuantScheme] = {
     **{scheme.weight_dtype: scheme for scheme in SCHEMES.values()},
-    **{dtype: BF16 for dtype in WIDER_DTYPES},
+    **dict.fromkeys(WIDER_DTYPES, BF16),
 }
 
 
