@@ -135,8 +135,8 @@ void mla_prefill_attention(Tensor q, Tensor kv_b, Desc kv_b_desc, Tensor segment
     c.positive("scale", scale);
     a.scale = static_cast<float>(scale);
     a.out = c.output<uint16_t>("out", out, DType::BFloat16, {a.n, heads * v_head_dim});
-    if (!c.runs()) return;
     c.refuse_capture("segments");
+    if (!c.runs()) return;
     for (int64_t i = 0; i < a.segment_count; ++i) {
       const int32_t* g = a.segments + i * 4;
       if (g[0] < 0 || g[1] < 1 || int64_t{g[0]} + g[1] > a.n || g[2] < 0 || g[2] >= t.size(0) || g[3] < 0)
@@ -189,8 +189,8 @@ void load_step(Tensor token_ids, Tensor positions, Tensor row_seq, Tensor block_
     c.range("num_blocks", num_blocks, 1, kMax);
     c.range("block_size", block_size, 1, 1 << 20);
     c.range("max_position", max_position, 1, kMax);
-    if (!c.runs()) return;
     c.refuse_capture("token_ids_to");
+    if (!c.runs()) return;
     c.apart();
     const auto bad = [&](const char* name, int64_t row, int64_t low, int64_t high, int64_t found) {
       c.fail(name, std::to_string(low) + ".." + std::to_string(high) + " at row " + std::to_string(row),

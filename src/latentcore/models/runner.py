@@ -13,6 +13,7 @@ from latentcore.layers.step import Limits, Step, latent_row
 from latentcore.models.checkpoint import Checkpoint
 from latentcore.models.chunk import Path, SequenceChunk
 from latentcore.models.deepseek import DeepseekDecoder
+from latentcore.models.dryrun import dry_run
 from latentcore.models.loader import load_weights
 from latentcore.models.memory import available_memory, format_bytes
 from latentcore.models.resolve import ModelPlan, resolve
@@ -101,12 +102,13 @@ class ModelRunner:
         engine_config: EngineConfig,
         weights: ModelWeights,
         plan: ModelPlan,
+        limits: Limits,
     ) -> None:
         self.config = config
         self.engine_config = engine_config
         self.weight_bytes = plan.packed_nbytes()
         self.weight_bytes_per_token = plan.weight_bytes_per_token
-        self.limits = plan_limits(config, engine_config, available_memory())
+        self.limits = limits
         self._decoder = DeepseekDecoder(config, weights, self.limits, torch.device("cpu"))
         rows = engine_config.max_num_seqs
         self._logits = torch.empty((rows, config.vocab_size), dtype=torch.float32)
@@ -124,17 +126,20 @@ class ModelRunner:
         """Checks, then reads the checkpoint in `model_dir`.
 
         `progress(done, total)` is called with bytes read. Raises a UserError (ConfigError,
-        CheckpointError, QuantizationError, InsufficientMemoryError, UnsupportedCpuError) before any
-        weight is read.
+        CheckpointError, QuantizationError, InsufficientMemoryError, UnsupportedCpuError), or
+        ContractError where the model's code and an op disagree, before any weight is read.
         """
         runtime.isa_tier()
         folder = FilePath(model_dir)
         config = ModelConfig.from_dir(folder)
         with Checkpoint.open(folder) as checkpoint:
             plan = resolve(config, checkpoint, engine_config.quantization)
+            free = available_memory() - plan.packed_nbytes()
+            limits = plan_limits(config, engine_config, max(0, free))
+            dry_run(plan, engine_config, limits)
             runtime.set_threads(engine_config.threads or runtime.default_threads())
             weights = load_weights(plan, checkpoint, progress)
-        return cls(config, engine_config, weights, plan)
+        return cls(config, engine_config, weights, plan, limits)
 
     @property
     def num_blocks(self) -> int:
