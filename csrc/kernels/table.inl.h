@@ -6,6 +6,7 @@
 #include "kernels/moe.inl.h"
 #include "kernels/pack.inl.h"
 #include "kernels/peak.inl.h"
+#include "kernels/sampling.inl.h"
 
 namespace {
 
@@ -25,6 +26,12 @@ const KernelTable& make_table() {
       .heads = {"heads", heads<Isa>, scratch_of<HeadsPlan<Isa>, HeadsArgs>},
       .peak = {"peak", peak<Isa>, no_scratch},
       .pack = {"pack", pack, no_scratch},
+      .restrict_tokens = {"restrict", restrict_tokens, no_scratch},
+      .add_bias = {"add_bias", add_bias, no_scratch},
+      .penalize = {"penalize", penalize, scratch_of<PenalizePlan, PenalizeArgs>},
+      .sample = {"sample", sample, scratch_of<SamplePlan, SampleArgs>},
+      .greedy = {"greedy", greedy, scratch_of<GreedyPlan, GreedyArgs>},
+      .logprobs = {"logprobs", logprobs, no_scratch},
   };
   return table;
 }
