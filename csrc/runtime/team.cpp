@@ -117,8 +117,11 @@ struct Team::Impl {
 
   void region(int tid) {
     const Ctx ctx{tid, n, scratch, &barrier};
-    for (size_t i = 0; i < count; ++i) {
-      nodes[i].kernel->run(ctx, nodes[i].args);
+    // Read once: behind the last barrier the caller may already have set the next region's nodes.
+    const Node* const list = nodes;
+    const size_t length = count;
+    for (size_t i = 0; i < length; ++i) {
+      list[i].kernel->run(ctx, list[i].args);
       ctx.barrier();
     }
   }
