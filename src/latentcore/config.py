@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from latentcore.errors import ConfigError
+from latentcore.errors import ConfigError, UnsupportedModelError
 from latentcore.files import (
     JsonError,
     UnsafePathError,
@@ -51,11 +51,11 @@ def _read_config_file(folder: Path, name: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise ConfigError(f"{folder / name}: cannot be read ({error.strerror})") from None
+        raise UnsupportedModelError(f"{folder / name}: cannot be read ({error.strerror})") from None
     except UnsafePathError as error:
-        raise ConfigError(str(error)) from None
+        raise UnsupportedModelError(str(error)) from None
     except JsonError as error:
-        raise ConfigError(f"{folder / name}: {error}") from None
+        raise UnsupportedModelError(f"{folder / name}: {error}") from None
 
 
 class _Reader:
@@ -476,31 +476,35 @@ class ModelConfig:
     def from_dir(cls, path: Path) -> "ModelConfig":
         """Reads `config.json` (and the end tokens of `generation_config.json`) in folder `path`.
 
-        Raises ConfigError listing every problem, each with its key, what was expected and found.
+        Raises ConfigError listing every problem, each with its key, what was expected and found;
+        UnsupportedModelError where there is no such file or it speaks of another architecture.
         """
         file = path / "config.json"
         if not path.is_dir():
-            raise ConfigError(f"no such model folder: {path}")
+            raise UnsupportedModelError(f"no such model folder: {path}")
         data = _read_config_file(path, "config.json")
         if data is None:
-            raise ConfigError(
+            raise UnsupportedModelError(
                 f"{path}: no config.json; expected a folder with a checkpoint as published on "
                 f"Hugging Face (config.json, *.safetensors)"
             )
         try:
             config = cls.from_dict(data)
         except ConfigError as error:
-            raise ConfigError(error.problems, where=str(file)) from None
+            raise type(error)(error.problems, where=str(file)) from None
         generation = GenerationDefaults.from_dir(path, config.vocab_size)
         ids = tuple(dict.fromkeys(config.eos_token_ids + generation.eos_token_ids))
         return cls(**{**config.__dict__, "eos_token_ids": ids})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "ModelConfig":
-        """Builds the config from a parsed `config.json`. Raises ConfigError with all problems."""
+        """Builds the config from a parsed `config.json`.
+
+        Raises ConfigError with all problems, UnsupportedModelError for another architecture.
+        """
         model_type = data.get("model_type")
         if model_type not in SUPPORTED_MODEL_TYPES:
-            raise ConfigError(_unsupported_architecture(data))
+            raise UnsupportedModelError(_unsupported_architecture(data))
         assert isinstance(model_type, str)
         problems: list[str] = []
         reader = _Reader(data, problems)

@@ -50,6 +50,10 @@ class ConfigError(_ProblemListError):
     """A model's `config.json` or the engine's options make no sense. `.problems` has all."""
 
 
+class UnsupportedModelError(ConfigError):
+    """There is no model to speak of: no folder, no readable config, or another architecture."""
+
+
 class CheckpointError(_ProblemListError):
     """A checkpoint's files are damaged, incomplete or not what its config promises.
 

@@ -208,7 +208,8 @@ FAULTS: dict[str, tuple[str, Callable[[Sparse], None], list[str]]] = {
         [
             (
                 f"{ATTN}.o_proj.weight: expected weight_scale_inv [ceil(out / 128), "
-                f"ceil(in / 128)] beside a weight of dtype F8_E4M3 (fp8), found weight_scale, weight_scale_inv"
+                f"ceil(in / 128)] beside a weight of dtype F8_E4M3 (fp8), found "
+                f"weight_scale, weight_scale_inv"
             )
         ],
     ),

@@ -1,0 +1,323 @@
+"""Is this checkpoint ready to run here? Answered in a second, from headers alone.
+
+`preflight` opens config, tokenizer and safetensors headers, never the weights, and runs CHECKS one
+after the other. Each check notes what is wrong and leaves figures for the report; none stops at its
+first finding, and a check whose ground is missing (no plan, say) passes over.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from latentcore.config import EngineConfig, ModelConfig
+from latentcore.engine.bandwidth import machine_read_bandwidth
+from latentcore.engine.tokenizer import Tokenizer
+from latentcore.errors import (
+    CheckpointError,
+    ConfigError,
+    InsufficientMemoryError,
+    QuantizationError,
+    UnsupportedCpuError,
+    UnsupportedModelError,
+    UserError,
+)
+from latentcore.layers.step import Buffers, Limits
+from latentcore.models import memory
+from latentcore.models.checkpoint import Checkpoint
+from latentcore.models.memory import format_bytes
+from latentcore.models.resolve import ModelPlan, resolve
+from latentcore.models.runner import cache_bytes_per_token, plan_limits
+from latentcore.ops import runtime
+
+BATCHES = (1, 8, 32)
+"""Batch sizes that bytes a token are reported for."""
+
+_VOCAB_SLACK = 0.9
+"""Share of the vocabulary that a fitting tokenizer knows at least; the rest is padding."""
+
+
+@dataclass(frozen=True)
+class MemoryFigures:
+    """Memory needed, in bytes, beside what there is.
+
+    weights            all packed weights
+    loading_peak       most at any time while they are packed
+    cache_per_1000     latent cache of 1,000 tokens
+    cache              the latent cache as it will be allocated; None where nothing is left for it
+    cache_tokens       tokens that it holds
+    buffers            working memory of a step; None where there is no cache
+    max_model_len      longest sequence that will be accepted
+    available          what this process may take now
+    """
+
+    weights: int
+    loading_peak: int
+    cache_per_1000: int
+    cache: int | None
+    cache_tokens: int | None
+    buffers: int | None
+    max_model_len: int | None
+    available: int
+
+
+@dataclass(frozen=True)
+class MachineFigures:
+    """What runs the model: instruction set tier, threads, and bytes a second that they read."""
+
+    tier: str
+    threads: int
+    read_bandwidth: float
+
+
+@dataclass
+class Report:
+    """What `preflight` found. Figures are None where a problem kept them from being known.
+
+    `schemes` lists runs of equal layers: "0-2" to each weight's scheme, or `stored -> run`.
+    `weight_bytes_per_token` is by batch size, for a decode step's weights divided by the batch.
+    """
+
+    folder: Path
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    model_type: str | None = None
+    summary: str | None = None
+    tensors: int | None = None
+    shards: int | None = None
+    schemes: dict[str, dict[str, str]] = field(default_factory=dict)
+    parameters: int | None = None
+    active_parameters: int | None = None
+    memory: MemoryFigures | None = None
+    weight_bytes_per_token: dict[int, float] = field(default_factory=dict)
+    machine: MachineFigures | None = None
+    seconds: float = 0.0
+
+    @property
+    def ready(self) -> bool:
+        """Whether the model can be run here as asked."""
+        return not self.problems
+
+    def tokens_per_second(self) -> dict[int, float]:
+        """By batch size: decoded tokens a second, all sequences together, if reading weights were
+        all there is to do. Empty where bandwidth or weights are not known."""
+        if self.machine is None:
+            return {}
+        bandwidth = self.machine.read_bandwidth
+        return {batch: bandwidth / each for batch, each in self.weight_bytes_per_token.items()}
+
+
+@dataclass
+class Inspection:
+    """What the checks pass on to each other. `report` is what comes out."""
+
+    folder: Path
+    engine: EngineConfig
+    report: Report
+    config: ModelConfig | None = None
+    checkpoint: Checkpoint | None = None
+    plan: ModelPlan | None = None
+    limits: Limits | None = None
+
+    def problem(self, text: str) -> None:
+        """Notes why the model is not ready."""
+        self.report.problems.append(text)
+
+    def problems(self, error: ConfigError | CheckpointError) -> None:
+        """Notes everything that an error lists."""
+        self.report.problems += error.problems
+
+
+def preflight(folder: Path, engine: EngineConfig) -> Report:
+    """Checks whether the checkpoint in `folder` can be run with `engine`, reading no weight.
+
+    Raises UnsupportedModelError where there is nothing to check: no folder, no config, or another
+    architecture. Everything else is in the report.
+    """
+    start = time.perf_counter()
+    inspection = Inspection(folder, engine, Report(folder))
+    try:
+        for check in CHECKS:
+            check(inspection)
+    finally:
+        if inspection.checkpoint is not None:
+            inspection.checkpoint.close()
+    inspection.report.seconds = time.perf_counter() - start
+    return inspection.report
+
+
+def measure_machine(engine: EngineConfig) -> MachineFigures:
+    """The tier, the threads to be used, and their read bandwidth.
+
+    The bandwidth is measured within 512 MiB of memory the first time, then remembered.
+    """
+    tier = runtime.isa_tier()
+    before = runtime.num_threads()
+    runtime.set_threads(engine.threads or runtime.default_threads())
+    try:
+        return MachineFigures(tier, runtime.num_threads(), machine_read_bandwidth())
+    finally:
+        runtime.set_threads(before)
+
+
+# ---------------------------------------------------------------------------------------------
+# The checks, in order
+
+
+def check_cpu(inspection: Inspection) -> None:
+    """This processor, and LATENTCORE_FORCE_ISA."""
+    try:
+        runtime.isa_tier()
+    except UnsupportedCpuError as error:
+        inspection.problem(str(error))
+
+
+def check_config(inspection: Inspection) -> None:
+    """config.json and generation_config.json."""
+    report = inspection.report
+    try:
+        config = ModelConfig.from_dir(inspection.folder)
+    except UnsupportedModelError:
+        raise
+    except ConfigError as error:
+        inspection.problems(error)
+        return
+    inspection.config = config
+    report.model_type = config.model_type
+    report.summary = _summary(config)
+
+
+def check_headers(inspection: Inspection) -> None:
+    """The index and every safetensors header."""
+    try:
+        inspection.checkpoint = Checkpoint.open(inspection.folder)
+    except CheckpointError as error:
+        inspection.problems(error)
+        return
+    inspection.report.tensors = len(inspection.checkpoint.tensors)
+    inspection.report.shards = len(inspection.checkpoint.shards)
+
+
+def check_tensors(inspection: Inspection) -> None:
+    """Every tensor has its place, and every place its tensor, in a scheme that can be run."""
+    config, checkpoint, report = inspection.config, inspection.checkpoint, inspection.report
+    if config is None or checkpoint is None:
+        return
+    try:
+        plan = resolve(config, checkpoint, inspection.engine.quantization)
+    except CheckpointError as error:
+        inspection.problems(error)
+        return
+    except QuantizationError as error:
+        inspection.problem(str(error))
+        return
+    inspection.plan = plan
+    report.warnings += plan.warnings
+    report.schemes = dict(_scheme_runs(plan))
+    report.parameters = plan.parameters()
+    report.active_parameters = plan.active_parameters()
+    report.weight_bytes_per_token = {b: plan.weight_bytes_per_token(b) for b in BATCHES}
+
+
+def check_tokenizer(inspection: Inspection) -> None:
+    """The tokenizer can be read and its vocabulary is the model's. None at all is a warning."""
+    try:
+        tokenizer = Tokenizer.load(inspection.folder)
+    except UserError as error:
+        inspection.problem(str(error))
+        return
+    if tokenizer is None:
+        inspection.report.warnings.append("no tokenizer: the model takes and gives token ids alone")
+        return
+    if inspection.config is None:
+        return
+    known, vocab = tokenizer.vocab_size, inspection.config.vocab_size
+    if known > vocab:
+        inspection.problem(
+            f"vocab_size: expected at least the tokenizer's {known} tokens, found {vocab}"
+        )
+    elif known < _VOCAB_SLACK * vocab:
+        inspection.report.warnings.append(
+            f"the tokenizer knows {known} tokens of the model's {vocab}; is it this model's own?"
+        )
+
+
+def check_memory(inspection: Inspection) -> None:
+    """Weights, cache and buffers fit into what is free."""
+    config, plan, engine = inspection.config, inspection.plan, inspection.engine
+    if config is None or plan is None:
+        return
+    available = memory.available_memory()
+    weights, peak = plan.packed_nbytes(), plan.peak_nbytes()
+    per_token = cache_bytes_per_token(config)
+    limits: Limits | None = None
+    if peak > available:
+        inspection.problem(
+            f"not enough memory for the model's weights: needed {format_bytes(peak)}, "
+            f"available {format_bytes(available)}"
+        )
+    else:
+        try:
+            limits = plan_limits(config, engine, available - weights)
+        except InsufficientMemoryError as error:
+            inspection.problem(str(error))
+    inspection.limits = limits
+    cache_tokens = limits.num_blocks * limits.block_size if limits else None
+    inspection.report.memory = MemoryFigures(
+        weights=weights,
+        loading_peak=peak,
+        cache_per_1000=1000 * per_token,
+        cache=cache_tokens * per_token if cache_tokens is not None else None,
+        cache_tokens=cache_tokens,
+        buffers=Buffers(config, limits, torch.device("meta")).nbytes if limits else None,
+        max_model_len=limits.max_position if limits else None,
+        available=available,
+    )
+
+
+Check = Callable[[Inspection], None]
+
+CHECKS: tuple[Check, ...] = (
+    check_cpu,
+    check_config,
+    check_headers,
+    check_tensors,
+    check_tokenizer,
+    check_memory,
+)
+"""What `preflight` runs. Later checks may use what earlier ones left in the Inspection."""
+
+
+# ---------------------------------------------------------------------------------------------
+# Texts
+
+
+def _summary(config: ModelConfig) -> str:
+    """The architecture in a line."""
+    layers = config.num_hidden_layers
+    dense = sum(not config.is_moe_layer(i) for i in range(layers))
+    parts = [f"{layers} layers" + (f" ({dense} dense)" if dense < layers else "")]
+    parts.append(f"hidden {config.hidden_size}, {config.num_attention_heads} heads")
+    if config.n_routed_experts:
+        experts = f"{config.n_routed_experts} experts"
+        if config.n_shared_experts:
+            experts += f" + {config.n_shared_experts} shared"
+        parts.append(f"{experts}, {config.num_experts_per_tok} a token")
+    parts.append(f"vocabulary {config.vocab_size}")
+    return ", ".join(parts)
+
+
+def _scheme_runs(plan: ModelPlan) -> Iterator[tuple[str, dict[str, str]]]:
+    """Consecutive layers with the same schemes: ("0-2", {role: scheme})."""
+    first = 0
+    current = plan.schemes(0)
+    for index in range(1, len(plan.layers) + 1):
+        following = plan.schemes(index) if index < len(plan.layers) else None
+        if following != current:
+            name = str(first) if first == index - 1 else f"{first}-{index - 1}"
+            yield name, current
+            first = index
+            if following is not None:
+                current = following

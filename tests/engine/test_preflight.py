@@ -1,0 +1,244 @@
+"""Preflight: every problem of a checkpoint, and its figures, without reading a weight."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import (
+    CONFIGS,
+    FP8_SECTION,
+    Config,
+    Entry,
+    Sparse,
+    tensor_list,
+    tiny_config,
+    write_config,
+)
+
+from latentcore.config import EngineConfig
+from latentcore.engine import preflight as module
+from latentcore.engine.preflight import Report, preflight
+from latentcore.errors import UnsupportedModelError
+from latentcore.models import memory
+from latentcore.models.checkpoint import Checkpoint
+
+TINY = tiny_config()
+ENGINE = EngineConfig(max_model_len=128, max_num_seqs=4)
+
+
+@pytest.fixture(autouse=True)
+def plenty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with 4 TB, and no weight may be read."""
+    monkeypatch.setattr(memory, "available_memory", lambda: 4 * 10**12)
+    monkeypatch.setattr(Checkpoint, "tensor", lambda *_: pytest.fail("a weight was read"))
+
+
+def _sparse(folder: Path, config: Config, fmt: str, count: int = 1) -> Path:
+    return Sparse.plan(config, tensor_list(config, fmt), count).write(folder)
+
+
+def _wordlevel(folder: Path, tokens: int) -> None:
+    vocab = {f"t{i}": i for i in range(tokens)}
+    model = {"type": "WordLevel", "vocab": vocab, "unk_token": "t0"}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+
+
+# ---------------------------------------------------------------------------------------------
+# Ready
+
+
+@pytest.mark.parametrize(
+    ("name", "fmt"),
+    [("v3", "bf16"), ("v3", "int8"), ("kimi-k2", "fp8"), ("v2", "bf16"), ("v2-lite", "bf16")],
+)
+def test_full_size_models_are_ready(tmp_path: Path, name: str, fmt: str) -> None:
+    report = preflight(_sparse(tmp_path, CONFIGS[name], fmt, 163), EngineConfig())
+    assert report.problems == []
+    assert report.ready
+    assert report.seconds < 10
+    assert report.shards == len(list(tmp_path.glob("*.safetensors")))
+    assert report.memory is not None
+    assert report.memory.loading_peak == report.memory.weights
+    assert report.memory.cache_per_1000 == 1000 * 576 * 2 * CONFIGS[name]["num_hidden_layers"]
+    assert report.memory.max_model_len == CONFIGS[name]["max_position_embeddings"]
+    assert list(report.weight_bytes_per_token) == [1, 8, 32]
+
+
+MEASURE = """
+import json, resource, sys, time
+from pathlib import Path
+start = time.perf_counter()
+from latentcore.config import EngineConfig
+from latentcore.engine.preflight import preflight
+from latentcore.models import memory
+memory.available_memory = lambda: 4 * 10**12
+report = preflight(Path(sys.argv[1]), EngineConfig())
+print(json.dumps([report.problems, time.perf_counter() - start,
+                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
+"""
+
+
+def test_ninety_thousand_tensors_take_seconds_and_little_memory(tmp_path: Path) -> None:
+    _sparse(tmp_path, CONFIGS["v3"], "fp8", 163)
+    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    problems, seconds, kibibytes = json.loads(out)
+    assert problems == []
+    assert seconds < 10
+    assert kibibytes < 1.5 * 2**20
+
+
+def test_stale_or_missing_quantization_section_is_a_warning(tmp_path: Path) -> None:
+    stale = preflight(
+        _sparse(tmp_path / "stale", {**TINY, "quantization_config": FP8_SECTION}, "int8"), ENGINE
+    )
+    assert stale.ready
+    assert any("is stale" in warning for warning in stale.warnings)
+    silent = preflight(_sparse(tmp_path / "silent", TINY, "int8"), ENGINE)
+    assert silent.ready
+    assert any("no quantization_config" in warning for warning in silent.warnings)
+
+
+def test_schemes_are_given_by_runs_of_layers(tmp_path: Path) -> None:
+    config = tiny_config(num_hidden_layers=5, first_k_dense_replace=2)
+    tensors = tensor_list(config, "int8")
+    bf16 = tensor_list(config, "bf16")
+    for name in list(tensors):
+        if ".layers.4." in name:
+            del tensors[name]
+    tensors |= {name: entry for name, entry in bf16.items() if ".layers.4." in name}
+    report = preflight(Sparse.plan(config, tensors, 1).write(tmp_path), ENGINE)
+    assert list(report.schemes) == ["0-1", "2-3", "4"]
+    assert report.schemes["0-1"]["gate_up"] == "w8a8_int8"
+    assert report.schemes["4"]["experts.down"] == "bf16"
+
+
+# ---------------------------------------------------------------------------------------------
+# Not ready
+
+
+def test_every_problem_of_every_kind_is_listed(tmp_path: Path) -> None:
+    tensors = tensor_list(TINY, "int8")
+    del tensors["model.layers.1.self_attn.o_proj.weight_scale"]
+    tensors["model.layers.2.mlp.experts.6.up_proj.weight"] = Entry("BF16", (36, 72))
+    Sparse.plan(TINY, tensors, 1).write(tmp_path)
+    _wordlevel(tmp_path, 301)
+    report = preflight(tmp_path, ENGINE)
+    assert not report.ready
+    assert [problem.split(":")[0] for problem in report.problems] == [
+        "model.layers.1.self_attn.o_proj.weight",
+        "model.layers.2.mlp.experts.6.up_proj.weight",
+        "vocab_size",
+    ]
+
+
+def test_problems_of_config_and_headers_are_listed_together(tmp_path: Path) -> None:
+    _sparse(tmp_path, TINY, "bf16", 2)
+    write_config(tmp_path, {**TINY, "n_group": 4, "num_experts_per_tok": 7})
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    os.truncate(shard, shard.stat().st_size - 1)
+    problems = preflight(tmp_path, ENGINE).problems
+    assert any(problem.startswith("n_group:") for problem in problems)
+    assert any(problem.startswith("num_experts_per_tok:") for problem in problems)
+    assert any("the file is cut off" in problem for problem in problems)
+
+
+def test_quantization_that_cannot_be_met(tmp_path: Path) -> None:
+    _sparse(tmp_path, TINY, "int8")
+    report = preflight(tmp_path, EngineConfig(quantization="fp8", max_model_len=128))
+    (problem,) = report.problems
+    assert "--quantization fp8 cannot be met" in problem
+
+
+def test_too_little_memory_for_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _sparse(tmp_path, CONFIGS["v3"], "int8", 163)
+    monkeypatch.setattr(memory, "available_memory", lambda: 24 * 10**9)
+    report = preflight(tmp_path, EngineConfig())
+    (problem,) = report.problems
+    assert problem.startswith("not enough memory for the model's weights: needed 67")
+    assert problem.endswith(" GB, available 24.0 GB")
+    assert report.memory is not None
+    assert report.memory.cache is None
+    assert report.weight_bytes_per_token[1] > 37e9
+
+
+def test_too_little_memory_for_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _sparse(tmp_path, TINY, "bf16")
+    engine = EngineConfig(max_model_len=512, kv_cache_memory=1000)
+    (problem,) = preflight(tmp_path, engine).problems
+    assert "latent cache" in problem
+
+
+def test_tokenizer_larger_than_the_vocabulary(tmp_path: Path) -> None:
+    _sparse(tmp_path, TINY, "bf16")
+    _wordlevel(tmp_path, 301)
+    (problem,) = preflight(tmp_path, ENGINE).problems
+    assert problem == "vocab_size: expected at least the tokenizer's 301 tokens, found 300"
+
+
+def test_tokenizer_much_smaller_or_absent_is_a_warning(tmp_path: Path) -> None:
+    _sparse(tmp_path, TINY, "bf16")
+    report = preflight(tmp_path, ENGINE)
+    assert report.ready
+    assert report.warnings == ["no tokenizer: the model takes and gives token ids alone"]
+    _wordlevel(tmp_path, 100)
+    report = preflight(tmp_path, ENGINE)
+    assert report.ready
+    assert report.warnings[0].startswith("the tokenizer knows 100 tokens of the model's 300")
+    _wordlevel(tmp_path, 290)
+    assert preflight(tmp_path, ENGINE).warnings == []
+
+
+def test_damaged_tokenizer_is_a_problem(tmp_path: Path) -> None:
+    _sparse(tmp_path, TINY, "bf16")
+    (tmp_path / "tokenizer.json").write_text("{")
+    assert not preflight(tmp_path, ENGINE).ready
+
+
+def test_processor_below_the_forced_tier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from latentcore.errors import UnsupportedCpuError
+
+    def refuse() -> str:
+        raise UnsupportedCpuError("this CPU lacks AVX2")
+
+    _sparse(tmp_path, TINY, "bf16")
+    monkeypatch.setattr(module.runtime, "isa_tier", refuse)
+    assert preflight(tmp_path, ENGINE).problems == ["this CPU lacks AVX2"]
+
+
+def test_nothing_to_check(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="no such model folder"):
+        preflight(tmp_path / "absent", ENGINE)
+    with pytest.raises(UnsupportedModelError, match=r"no config\.json"):
+        preflight(tmp_path, ENGINE)
+    write_config(tmp_path, {"model_type": "llama"})
+    with pytest.raises(UnsupportedModelError, match="not a DeepSeek architecture"):
+        preflight(tmp_path, ENGINE)
+
+
+def test_pickles_are_named(tmp_path: Path) -> None:
+    write_config(tmp_path, TINY)
+    (tmp_path / "pytorch_model.bin").touch()
+    (problem,) = preflight(tmp_path, ENGINE).problems
+    assert "pytorch_model.bin" in problem
+
+
+def test_speed_is_bandwidth_over_bytes() -> None:
+    report = Report(Path(), weight_bytes_per_token={1: 4e9, 8: 1e9})
+    assert report.tokens_per_second() == {}
+    report.machine = module.MachineFigures("amx", 2, 40e9)
+    assert report.tokens_per_second() == {1: 10.0, 8: 40.0}
+
+
+def test_threads_are_as_before_after_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LATENTCORE_CACHE", str(tmp_path))
+    before = module.runtime.num_threads()
+    figures = module.measure_machine(EngineConfig(threads=2))
+    assert figures.threads == 2
+    assert figures.read_bandwidth > 1e8
+    assert module.runtime.num_threads() == before
