@@ -35,10 +35,59 @@ LC_INLINE void configure_tiles(int rows) {
   configured = rows;
 }
 
+// FP8 by few rows on vector registers, in the order in which TDPBF16PS adds up a tile (Intel SDM): even
+// and odd k of 32 apart, from zero, then both onto the sum. The bits are those of the tiles.
+struct TileOrderFp8 {
+  using Base = Avx512<true, true>;
+  static constexpr bool kInt = false;
+  static constexpr int kActBytes = 8;
+  struct Acc {
+    __m512 sum, even, odd;
+  };
+  using Line = WideLine;
+  LC_INLINE void zero(Acc& acc) { acc.sum = acc.even = acc.odd = _mm512_setzero_ps(); }
+  LC_INLINE Line load(const uint8_t* p) { return Base::widen<Format::FP8>(p); }
+  LC_INLINE void pair(Acc& acc, __m512i line, uint32_t a) {
+    const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+    const __m512 x = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(a << 16)));
+    const __m512 y = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(a & 0xffff0000u)));
+    acc.even = _mm512_fmadd_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(line, 16)), acc.even);
+    acc.odd = _mm512_fmadd_ps(y, _mm512_castsi512_ps(_mm512_and_si512(line, high)), acc.odd);
+  }
+  LC_INLINE void fma(Acc& acc, const Line& line, const uint8_t* a) {
+    uint32_t p[2];
+    std::memcpy(p, a, 8);
+    pair(acc, line.k01, p[0]);
+    pair(acc, line.k23, p[1]);
+  }
+  LC_INLINE void end_block(Acc& acc) {
+    acc.sum = _mm512_add_ps(acc.sum, _mm512_add_ps(acc.even, acc.odd));
+    acc.even = acc.odd = _mm512_setzero_ps();
+  }
+  LC_INLINE void store(const Acc& acc, float* c) { _mm512_storeu_ps(c, acc.sum); }
+};
+template <Format F>
+struct AmxUnit {
+  using Type = Avx512<true, true>::Unit<F>;
+};
+template <>
+struct AmxUnit<Format::FP8> {
+  using Type = TileOrderFp8;
+};
+
 struct Amx : Avx512<true, true> {
   static constexpr bool kTiles = true;
-  // Rows up to which the int8 product runs on VNNI: sums are exact, so both give the same bits.
-  static constexpr int kVnniRows = 6;
+  template <Format F>
+  using Unit = typename AmxUnit<F>::Type;
+  template <Format F>
+  static constexpr int max_rows(int np) {
+    if (F == Format::FP8) return np == 4 ? 1 : 4;
+    return Avx512<true, true>::max_rows<F>(np);
+  }
+  // Rows up to which a product runs on vector registers, with the same bits as on tiles: int8 sums
+  // are exact, FP8 keeps the tiles' order.
+  template <Format F>
+  static constexpr int kVectorRows = F == Format::INT8 ? 6 : F == Format::FP8 ? 4 : 0;
 
   template <Format F>
   static void tile_product(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64_t m, int multiple,

@@ -336,6 +336,8 @@ struct Avx2 {
           acc.f[j] = _mm256_setzero_ps();
       }
     }
+    // Behind every block of K (k_multiple).
+    LC_INLINE void end_block(Acc&) {}
     LC_INLINE Line load(const uint8_t* p) {
       Line line;
       if constexpr (kInt) {

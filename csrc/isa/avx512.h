@@ -284,6 +284,8 @@ struct Avx512 {
       else
         acc.f = _mm512_setzero_ps();
     }
+    // Behind every block of K (k_multiple).
+    LC_INLINE void end_block(Acc&) {}
     LC_INLINE Line load(const uint8_t* p) {
       if constexpr (kWide) {
         const WideLine w = widen<F>(p);

@@ -168,7 +168,11 @@ void tile(const Act& a, const uint8_t* w, int64_t panel_stride, int64_t blocks, 
     }
     w += kBlockBytes;
     LC_UNROLL
-    for (int m = 0; m < M; ++m) row[m] += step;
+    for (int m = 0; m < M; ++m) {
+      row[m] += step;
+      LC_UNROLL
+      for (int p = 0; p < NP; ++p) U::end_block(acc[m][p]);
+    }
   }
   LC_UNROLL
   for (int m = 0; m < M; ++m)

@@ -103,6 +103,7 @@ void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64
   constexpr int64_t kRows = 256;
   constexpr int64_t kTileBytes = 1024, kStride = kTileCols * 4;
   constexpr int64_t kChunk = byte_coded(F) ? kFp8Block / 32 : 16;
+  constexpr int64_t kAhead = 4;  // tiles of activations that are fetched before they are used
   alignas(64) float total[kRows * kTileCols];
   alignas(64) float sums[32 * kTileCols];
   alignas(64) uint8_t wide[byte_coded(F) ? 2 * kWideStride : 64];
@@ -141,6 +142,11 @@ void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64
           const uint8_t* a1 = a0 + a.group_stride;
           if (two && np > 1) {
             for (int64_t j = 0; j < n; ++j) {
+              // Behind the chunk follows the same chunk of the next 32 rows.
+              const int64_t k = j + kAhead;
+              const uint8_t* next = a0 + (k < n ? k * kTileBytes : 2 * a.group_stride + (k - n) * kTileBytes);
+              prefetch_tile(next);
+              prefetch_tile(next + a.group_stride);
               _tile_loadd(4, a0 + j * kTileBytes, 64);
               _tile_loadd(6, b + j * kTileBytes, 64);
               LC_DOT(0, 4, 6);
@@ -203,7 +209,7 @@ int64_t Amx::peak_round(int64_t iters) {
 template <Format F>
 void Amx::tile_product(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64_t m, int multiple,
                        const Sink& sink) {
-  if (F == Format::INT8 && m <= kVnniRows)
+  if (m <= kVectorRows<F>)
     vector_product<Amx, F>(w, p0, p1, a, m, multiple, sink);
   else if (m <= 16)
     tile_few_rows<F>(w, p0, p1, a, m, sink);
