@@ -15,7 +15,7 @@ from latentcore.models.chunk import Path, SequenceChunk
 from latentcore.models.deepseek import DeepseekDecoder
 from latentcore.models.dryrun import dry_run
 from latentcore.models.loader import load_weights
-from latentcore.models.memory import available_memory, format_bytes
+from latentcore.models.memory import available_memory, format_bytes, require_memory
 from latentcore.models.resolve import ModelPlan, resolve
 from latentcore.layers.weights import ModelWeights
 from latentcore.ops import dense, mla, runtime
@@ -134,6 +134,7 @@ class ModelRunner:
         config = ModelConfig.from_dir(folder)
         with Checkpoint.open(folder) as checkpoint:
             plan = resolve(config, checkpoint, engine_config.quantization)
+            require_memory(plan.peak_nbytes(), "the model's weights")
             free = available_memory() - plan.packed_nbytes()
             limits = plan_limits(config, engine_config, max(0, free))
             dry_run(plan, engine_config, limits)
