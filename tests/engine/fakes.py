@@ -90,6 +90,9 @@ class FakeRunner:
             return torch.empty((0, self.vocab_size), dtype=torch.float32)
         return torch.from_numpy(np.stack(rows))
 
+    def weight_bytes_per_token(self, batch: int, /) -> float:
+        return 1000.0 / batch
+
     def close(self) -> None:
         self.closed = True
 

@@ -1,5 +1,7 @@
 """Chat templates: the published ones against Hugging Face's renderer, and odd messages."""
 
+# ruff: noqa: RUF001 - DeepSeek writes its markers with full-width bars
+
 import json
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """Tokenizers as published: DeepSeek's own files, a tiktoken vocabulary, and odd ones."""
 
+# ruff: noqa: RUF001 - DeepSeek writes its markers with full-width bars
+
 import base64
 import json
 import random

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from latentcore import __version__
-from latentcore.cli import chat, generate
+from latentcore.cli import chat, generate, preflight, quantize
 from latentcore.errors import UserError
 
 EXIT_BUG = 1
@@ -48,6 +48,8 @@ def _options(
 
 app.command()(generate.generate)
 app.command()(chat.chat)
+app.command()(preflight.preflight)
+app.command()(quantize.quantize)
 
 
 def main(arguments: list[str] | None = None) -> int:

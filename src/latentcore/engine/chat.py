@@ -5,6 +5,8 @@ objects' internals or change what it is given. The environment offers what Huggi
 that published templates render to the same text.
 """
 
+# ruff: noqa: RUF001 - DeepSeek writes its markers with full-width bars
+
 import datetime
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -96,7 +98,7 @@ class ChatTemplate:
                 **self._special_tokens,
                 **extra,
             )
-        except _TemplateRefusal as error:
+        except _TemplateRefusalError as error:
             raise RequestError(f"messages: {error}") from None
         except Exception as error:  # a template may fail in any way on odd messages
             raise RequestError(
@@ -218,8 +220,10 @@ def _describe_tools(
         "To call a tool, write exactly this:",
         f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{call}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
         "",
-        "NAME is a tool's name as given above, ARGUMENTS a JSON object that fits its parameters. "
-        "Several calls follow each other between the outer markers.",
+        (
+            "NAME is a tool's name as given above, ARGUMENTS a JSON object that fits its "
+            "parameters. Several calls follow each other between the outer markers."
+        ),
     ]
     text = "\n".join(lines)
     if messages[0]["role"] == "system":
@@ -228,12 +232,12 @@ def _describe_tools(
     return [{"role": "system", "content": text}, *messages]
 
 
-class _TemplateRefusal(Exception):
+class _TemplateRefusalError(Exception):
     """A template called `raise_exception`."""
 
 
 def _raise_exception(message: str) -> NoReturn:
-    raise _TemplateRefusal(message)
+    raise _TemplateRefusalError(message)
 
 
 def _to_json(

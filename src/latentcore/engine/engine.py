@@ -60,6 +60,9 @@ class Runner(Protocol):
 
     def choose_path(self, uncached_tokens: int, context: int) -> Path: ...
 
+    def weight_bytes_per_token(self, batch: int, /) -> float:
+        """Bytes of weights read in a step of `batch` sequences, for each of their tokens."""
+
     def close(self) -> None: ...
 
 

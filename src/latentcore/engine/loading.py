@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 from latentcore.config import EngineConfig, GenerationDefaults, ModelConfig
@@ -13,16 +12,14 @@ from latentcore.engine.request import RequestPreparer
 from latentcore.engine.sampler import Sampler
 from latentcore.engine.sampling_params import SamplingParams
 from latentcore.engine.tokenizer import Tokenizer
-from latentcore.errors import CheckpointError, ConfigError, UserError
+from latentcore.errors import ConfigError
+from latentcore.models.hub import resolve_model
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
 
 DEMO_MODEL = "latentcore-demo"
 """The name of the model that comes with the package."""
-
-_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
-"""What is fetched of a repository: no Python files, no pickles."""
 
 
 @dataclass(frozen=True)
@@ -66,33 +63,11 @@ class LoadedModel:
         return SamplingParams(**{k: v for k, v in values.items() if v is not None})  # type: ignore[arg-type]
 
 
-def find_model(model: str | os.PathLike[str] | None) -> tuple[str, Path]:
-    """The name and folder of a model: the demo (None), a folder, or a Hugging Face repository.
-
-    A repository is fetched into huggingface_hub's ordinary cache; a broken download is resumed.
-    Raises UserError where there is no such model.
-    """
-    if model is None or str(model) == DEMO_MODEL:
-        path = Path(str(resources.files("latentcore"))) / "demo_model"
-        if not (path / "config.json").is_file():
-            raise UserError(
-                f"the demo model is not in this installation ({path}); name a model with --model"
-            )
-        return DEMO_MODEL, path
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise CheckpointError("no config.json: not a model's folder", where=str(path))
-        return path.resolve().name or str(model), path
-    if path.exists():
-        raise CheckpointError("expected a model's folder, found a file", where=str(path))
-    text = str(model)
-    parts = text.split("/")
-    if len(parts) != 2 or not all(parts) or text.startswith((".", "~", "/")):
-        raise UserError(
-            f"no such model: {text!r} is neither a folder nor a Hugging Face repository (org/name)"
-        )
-    return text, _fetch(text)
+def model_name(model: str | os.PathLike[str] | None, path: Path) -> str:
+    """What to call a model: the demo's name, a repository's, or its folder's."""
+    if model is None:
+        return DEMO_MODEL
+    return path.resolve().name if Path(model).expanduser().is_dir() else str(model)
 
 
 def load_model(
@@ -109,7 +84,7 @@ def load_model(
             f"max_num_batched_tokens: expected at least max_num_seqs "
             f"({engine_config.max_num_seqs}), found {engine_config.max_num_batched_tokens}"
         )
-    name, path = find_model(model)
+    path = resolve_model(None if model is None else os.fspath(model))
     config = ModelConfig.from_dir(path)
     defaults = GenerationDefaults.from_dir(path, config.vocab_size)
     runner = ModelRunner.load(path, engine_config, progress)
@@ -120,7 +95,7 @@ def load_model(
         runner.close()
         raise
     return LoadedModel(
-        name=name,
+        name=model_name(model, path),
         path=path,
         config=config,
         engine_config=engine_config,
@@ -141,33 +116,3 @@ def end_token_ids(
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         found.add(tokenizer.eos_token_id)
     return tuple(sorted(i for i in found if i < config.vocab_size))
-
-
-def _fetch(repository: str) -> Path:
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    try:
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=[*_HUB_FILES]))
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise UserError(
-            f"no such model: there is no folder {repository!r}, and no repository of that name on "
-            "Hugging Face that you may read"
-        ) from None
-    except errors.LocalEntryNotFoundError:
-        raise UserError(
-            f"{repository}: not in the local cache, and Hugging Face cannot be reached; connect, "
-            "or name a folder"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{repository}: the download failed ({_first_line(error)})") from None
-    except Exception as error:
-        raise UserError(
-            f"{repository}: Hugging Face cannot be reached ({_first_line(error)}); connect, or "
-            "name a folder"
-        ) from None
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
