@@ -1,0 +1,1 @@
+"""Training code of the demo model: data builders, model, run, evaluation, export."""

@@ -1,0 +1,1 @@
+"""Seeded generators of chat documents. Every generator is a function of a `random.Random`."""
