@@ -65,6 +65,8 @@ def test_full_size_models_are_ready(tmp_path: Path, name: str, fmt: str) -> None
     assert report.memory.cache_per_1000 == 1000 * 576 * 2 * CONFIGS[name]["num_hidden_layers"]
     assert report.memory.max_model_len == CONFIGS[name]["max_position_embeddings"]
     assert list(report.weight_bytes_per_token) == [1, 8, 32]
+    assert "mixed batch" in report.steps
+    assert report.steps[-1] == "decode of 1 to 64 sequences"
 
 
 MEASURE = """
@@ -207,6 +209,29 @@ def test_processor_below_the_forced_tier(tmp_path: Path, monkeypatch: pytest.Mon
     _sparse(tmp_path, TINY, "bf16")
     monkeypatch.setattr(module.runtime, "isa_tier", refuse)
     assert preflight(tmp_path, ENGINE).problems == ["this CPU lacks AVX2"]
+
+
+def test_op_that_refuses_what_the_model_hands_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("latentcore::rms_norm: argument 'x': expected bfloat16, found float32")
+
+    _sparse(tmp_path, TINY, "bf16")
+    monkeypatch.setattr("latentcore.models.deepseek.DeepseekDecoder.forward", broken)
+    (problem,) = preflight(tmp_path, ENGINE).problems
+    assert "the model's code and an op disagree" in problem
+    assert "latentcore::rms_norm: argument 'x'" in problem
+
+
+def test_model_code_is_checked_on_a_machine_that_is_too_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _sparse(tmp_path, TINY, "bf16")
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
+    report = preflight(tmp_path, ENGINE)
+    assert len(report.problems) == 1
+    assert report.steps
 
 
 def test_nothing_to_check(tmp_path: Path) -> None:

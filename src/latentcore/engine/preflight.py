@@ -7,7 +7,7 @@ first finding, and a check whose ground is missing (no plan, say) passes over.
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from latentcore.errors import (
 from latentcore.layers.step import Buffers, Limits
 from latentcore.models import memory
 from latentcore.models.checkpoint import Checkpoint
+from latentcore.models.dryrun import ContractError, dry_run
 from latentcore.models.memory import format_bytes
 from latentcore.models.resolve import ModelPlan, resolve
 from latentcore.models.runner import cache_bytes_per_token, plan_limits
@@ -34,6 +35,8 @@ from latentcore.ops import runtime
 
 BATCHES = (1, 8, 32)
 """Batch sizes that bytes a token are reported for."""
+
+_PLENTY = 1 << 60
 
 _VOCAB_SLACK = 0.9
 """Share of the vocabulary that a fitting tokenizer knows at least; the rest is padding."""
@@ -78,6 +81,7 @@ class Report:
 
     `schemes` lists runs of equal layers: "0-2" to each weight's scheme, or `stored -> run`.
     `weight_bytes_per_token` is by batch size, for a decode step's weights divided by the batch.
+    `steps` names the kinds of step that the model's code was driven through.
     """
 
     folder: Path
@@ -92,6 +96,7 @@ class Report:
     active_parameters: int | None = None
     memory: MemoryFigures | None = None
     weight_bytes_per_token: dict[int, float] = field(default_factory=dict)
+    steps: list[str] = field(default_factory=list)
     machine: MachineFigures | None = None
     seconds: float = 0.0
 
@@ -277,6 +282,20 @@ def check_memory(inspection: Inspection) -> None:
     )
 
 
+def check_model_code(inspection: Inspection) -> None:
+    """The model's own code, on tensors without memory, meets every op's checks."""
+    config, plan, engine = inspection.config, inspection.plan, inspection.engine
+    if config is None or plan is None:
+        return
+    # Where this machine has too little memory the shapes are checked all the same.
+    plenty = replace(engine, kv_cache_memory=None)
+    limits = inspection.limits or plan_limits(config, plenty, _PLENTY)
+    try:
+        inspection.report.steps = dry_run(plan, engine, limits)
+    except ContractError as error:
+        inspection.problem(f"the model's code and an op disagree: {error}")
+
+
 Check = Callable[[Inspection], None]
 
 CHECKS: tuple[Check, ...] = (
@@ -286,6 +305,7 @@ CHECKS: tuple[Check, ...] = (
     check_tensors,
     check_tokenizer,
     check_memory,
+    check_model_code,
 )
 """What `preflight` runs. Later checks may use what earlier ones left in the Inspection."""
 
