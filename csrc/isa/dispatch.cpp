@@ -78,6 +78,12 @@ Tier& current() {
   return t;
 }
 
+// The features that pick a kernel table within a tier: the CPU's, or fewer for the tests' sake.
+CpuFeatures& used() {
+  static CpuFeatures f = cpu_features();
+  return f;
+}
+
 }  // namespace
 
 const CpuFeatures& cpu_features() {
@@ -91,10 +97,18 @@ const char* tier_name(Tier t) {
   return t == Tier::AMX ? "amx" : t == Tier::AVX512 ? "avx512" : "avx2";
 }
 
-void force_tier(const std::string& name) { current() = name.empty() ? initial() : parse(name, "tier"); }
+void force_tier(const std::string& name) {
+  CpuFeatures f = cpu_features();
+  const bool cascade = name == "avx512-cascadelake", ice = name == "avx512-icelake",
+             cooper = name == "avx512-cooperlake";
+  if (cascade || ice) f.avx512_bf16 = false;
+  if (cascade || cooper) f.avx512_vbmi = false;
+  current() = name.empty() ? initial() : parse(cascade || ice || cooper ? "avx512" : name, "tier");
+  used() = f;
+}
 
 const KernelTable& kernels() {
-  const CpuFeatures& f = cpu_features();
+  const CpuFeatures& f = used();
   switch (tier()) {
     case Tier::AMX: return kernels_amx();
     case Tier::AVX512:

@@ -21,6 +21,8 @@ const CpuFeatures& cpu_features();
 Tier tier();
 const char* tier_name(Tier t);
 // Changes the tier for the tests' sake; throws where the CPU lacks it. "" returns to the default.
+// avx512-cascadelake, avx512-icelake and avx512-cooperlake are the avx512 tier without BF16 and VBMI,
+// without BF16, and without VBMI.
 void force_tier(const std::string& name);
 
 }  // namespace lc

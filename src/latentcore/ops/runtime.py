@@ -30,6 +30,8 @@ def isa_tier() -> str:
 def forced_tier(name: str) -> Iterator[None]:
     """Runs a block in another tier than the best. Raises UserError where the CPU lacks it.
 
+    Besides the tiers there are `avx512-cascadelake`, `avx512-icelake` and `avx512-cooperlake`: the
+    avx512 tier as those processors run it, without BF16 and VBMI, without BF16, without VBMI.
     Packed weights are the same for all tiers; results need not be.
     """
     try:
