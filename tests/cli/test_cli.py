@@ -1,0 +1,323 @@
+"""The program: what goes to which stream, exit codes, and one clear line for every mistake."""
+
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latentcore import __version__
+from latentcore.cli import app, session
+from latentcore.engine.async_engine import EngineDeadError
+
+STATISTICS = re.compile(
+    r"^(\d+) prompt tokens, TTFT [\d.]+ m?s, (\d+) tokens, [\d.]+ tokens/s, "
+    r"weights [\d.]+ GB/s = \d+% of this machine's read bandwidth$",
+    re.MULTILINE,
+)
+
+
+@pytest.fixture(autouse=True)
+def bandwidth(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LATENTCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(session, "machine_read_bandwidth", lambda: 20e9)
+
+
+def run(*arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the program in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "latentcore", *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, **environment},
+    )
+
+
+def generate(model: Path, *more: str) -> list[str]:
+    base = ["generate", "--model", str(model), "--threads", "1", "--temperature", "0"]
+    return [*base, "--max-tokens", "12", *more]
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"latentcore {__version__}\n"
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    program = (
+        "import sys\n"
+        "from latentcore.cli.app import main\n"
+        "code = main(['--help'])\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'fastapi', 'xgrammar'} & set(sys.modules)\n"
+        "sys.exit(code or bool(heavy))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for command in ("generate", "chat", "serve", "preflight", "quantize"):
+        assert command in done.stdout
+
+
+def test_text_alone_goes_to_stdout(tiny_model: Path) -> None:
+    done = run(*generate(tiny_model, "--prompt", "Once"))
+    assert done.returncode == 0, done.stderr
+    asked = run(*generate(tiny_model, "--prompt", "Once", "--json"))
+    assert done.stdout == json.loads(asked.stdout)["text"] + "\n"
+    found = STATISTICS.search(done.stderr)
+    assert found is not None, done.stderr
+    assert found.groups() == ("4", "12")
+    assert re.search(r"loaded [\d.]+ MB in .* MB/s\)", done.stderr)
+
+
+def test_the_prompt_may_come_from_stdin(tiny_model: Path) -> None:
+    piped = run(*generate(tiny_model, "--json"), stdin="Once\n")
+    given = run(*generate(tiny_model, "--json", "--prompt", "Once"))
+    first, second = json.loads(piped.stdout), json.loads(given.stdout)
+    assert first["prompt"] == "Once"
+    assert first["token_ids"] == second["token_ids"]
+    assert len(first["token_ids"]) == 12
+    assert first["finish_reason"] == "length"
+    assert first["statistics"]["prompt_tokens"] == 4
+
+
+def test_sampling_options_reach_the_model(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def tokens(*more: str) -> list[int]:
+        arguments = ["generate", "--model", str(tiny_model), "--threads", "1", "--json"]
+        assert app.main([*arguments, "--prompt", "Hi", "--max-tokens", "12", *more]) == 0
+        return list(json.loads(capsys.readouterr().out)["token_ids"])
+
+    greedy = tokens("--temperature", "0")
+    assert tokens("--temperature", "5", "--top-k", "1") == greedy
+    assert tokens("--temperature", "5", "--top-p", "0.0001") == greedy
+    assert tokens("--seed", "1", "--temperature", "2") == tokens("--seed", "1", "--temperature", "2")
+    assert tokens("--seed", "1", "--temperature", "2") != tokens("--seed", "2", "--temperature", "2")
+    assert tokens("--temperature", "0", "--no-graph") == greedy
+    assert len(tokens("--temperature", "0", "--quantization", "w8a8_int8")) == 12
+
+
+def test_stop_strings_end_the_text(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = generate(tiny_model, "--prompt", "Once", "--json")
+    assert app.main(arguments) == 0
+    text = json.loads(capsys.readouterr().out)["text"]
+    stop = next(c for c in text[3:] if c.isascii() and c.isprintable())
+    assert app.main([*arguments, "--stop", "nowhere", "--stop", stop]) == 0
+    cut = json.loads(capsys.readouterr().out)
+    assert cut["text"] == text[: text.index(stop)]
+    assert cut["finish_reason"] == "stop"
+
+
+def test_chat_answers_every_line(tiny_model: Path) -> None:
+    arguments = ["chat", "--model", str(tiny_model), "--threads", "1", "--max-tokens", "5"]
+    done = run(*arguments, "--temperature", "0", "--json", stdin="Hello\n\nAnd now?\n")
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads(line) for line in done.stdout.splitlines())
+    assert (first["message"], second["message"]) == ("Hello", "And now?")
+    assert second["statistics"]["prompt_tokens"] > first["statistics"]["prompt_tokens"] + 8
+    single = run(*arguments, "--temperature", "0", "--prompt", "Hello")
+    assert single.stdout == first["text"] + "\n"
+
+
+def test_chat_on_a_terminal(tiny_model: Path) -> None:
+    parent, child = pty.openpty()
+    arguments = ["chat", "--model", str(tiny_model), "--threads", "1", "--max-tokens", "4"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "latentcore", *arguments],
+        stdin=child,
+        stdout=child,
+        stderr=child,
+        close_fds=True,
+    ) as process:
+        os.close(child)
+        os.write(parent, b"Hello\n/think on\nAgain\n/new\n/what\nOnce more\n/exit\n")
+        shown = b""
+        while True:
+            try:
+                piece = os.read(parent, 4096)
+            except OSError:
+                break
+            if not piece:
+                break
+            shown += piece
+        assert process.wait(60) == 0
+    os.close(parent)
+    text = shown.decode(errors="replace")
+    assert len(re.findall(r"prompt tokens", text)) == 3
+    assert "/new" in text
+    assert "Traceback" not in text
+
+
+def bad(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Runs what must fail; returns its one line."""
+    code = app.main(arguments)
+    streams = capsys.readouterr()
+    assert code == 2, streams.err
+    assert streams.out == ""
+    lines = [line for line in streams.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, streams.err
+    assert "Traceback" not in streams.err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["generate", "--nonsense"], "No such option: --nonsense"),
+        (["nonsense"], "No such command 'nonsense'"),
+        (["generate", "--quantization", "int4", "--prompt", "x"], "'int4' is not one of"),
+        (["generate", "--max-tokens", "x", "--prompt", "x"], "'--max-tokens'"),
+        (["generate", "--prompt", ""], "the prompt is empty"),
+        (["generate", "--prompt", "x", "--max-tokens", "0"], "--max-tokens: expected at least 1"),
+        (
+            ["generate", "--prompt", "x", "--max-tokens", "64", "--max-model-len", "64"],
+            "leaves no room",
+        ),
+        (["generate", "--prompt", "x", "--temperature", "-1"], "temperature: expected"),
+        (["generate", "--prompt", "x", "--top-p", "0"], "top_p: expected"),
+        (["generate", "--prompt", "x", "--top-k", "-5"], "top_k: expected"),
+        (["generate", "--prompt", "x", "--stop", ""], "stop: expected"),
+        (["generate", "--prompt", "x", "--model", "/nowhere"], "no such model"),
+        (["generate", "--prompt", "x", "--model", "MODEL", "--threads", "0"], "threads: expected"),
+        (["generate", "--prompt", "x", "--model", "MODEL", "--max-model-len", "-1"], "max_model_len"),
+        (["generate", "--prompt", "x" * 600, "--model", "MODEL"], "max_model_len is 512"),
+        (["generate", "--prompt", "x", "--model", "MODEL", "--max-tokens", "900"], "at most 511"),
+        (["generate", "--prompt", "a\udcff", "--model", "MODEL"], "not valid Unicode"),
+        (["chat", "--prompt", " ", "--model", "MODEL"], "--prompt: expected a message"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    arguments: list[str], match: str, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled = [str(tiny_model) if argument == "MODEL" else argument for argument in arguments]
+    assert match in bad(filled, capsys)
+
+
+def broken(tiny_model: Path, folder: Path) -> Path:
+    target = folder / "model"
+    shutil.copytree(tiny_model, target)
+    return target
+
+
+def change_config(model: Path, **values: Any) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_broken_models_are_one_line(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = broken(tiny_model, tmp_path)
+    weights = model / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-100])
+    assert "model.safetensors" in bad(generate(model, "--prompt", "x"), capsys)
+    weights.write_bytes(data)
+    change_config(model, model_type="llama")
+    assert 'found "llama"' in bad(generate(model, "--prompt", "x"), capsys)
+    change_config(model, model_type="deepseek_v3")
+    assert app.main(generate(model, "--prompt", "x")) == 0
+    capsys.readouterr()
+    (model / "tokenizer.json").write_text("{")
+    assert "not a readable tokenizer" in bad(generate(model, "--prompt", "x"), capsys)
+    (model / "tokenizer.json").unlink()
+    assert "no tokenizer files" in bad(generate(model, "--prompt", "x"), capsys)
+    assert "no chat template" in bad(["chat", "--model", str(model), "--prompt", "x"], capsys)
+
+
+def test_no_terminal_and_no_prompt(tiny_model: Path) -> None:
+    done = run(*generate(tiny_model))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the prompt is empty")
+    assert done.stdout == ""
+
+
+def test_input_that_is_not_text(tiny_model: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "latentcore", *generate(tiny_model)],
+        input=b"\xff\xfe",
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"error: standard input is not UTF-8")
+
+
+def test_an_interrupt_is_quiet(tiny_model: Path) -> None:
+    arguments = [*generate(tiny_model), "--prompt", "Once", "--max-model-len", "512"]
+    arguments[arguments.index("--max-tokens") + 1] = "500"
+    with subprocess.Popen(
+        [sys.executable, "-m", "latentcore", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        process.stdout.read()
+        error = process.stderr.read().decode()
+        code = process.wait(30)
+    assert code in (0, 130)
+    assert "Traceback" not in error
+
+
+def test_a_reader_that_goes_away_is_no_error(tiny_model: Path) -> None:
+    arguments = generate(tiny_model, "--prompt", "Once")
+    arguments[arguments.index("--max-tokens") + 1] = "400"
+    with subprocess.Popen(
+        [sys.executable, "-m", "latentcore", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        error = process.stderr.read().decode()
+        process.wait(30)
+    assert "Traceback" not in error
+    assert "Exception ignored" not in error
+
+
+def test_bugs_are_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise EngineDeadError("oh no")
+
+    monkeypatch.setattr(session, "answer", fail)
+    assert app.main(generate(tiny_model, "--prompt", "x")) == 1
+    assert "error: EngineDeadError: oh no (unexpected" in capsys.readouterr().err
+
+
+def test_bandwidth_is_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from latentcore.engine import bandwidth
+    from latentcore.ops import runtime
+
+    monkeypatch.setenv("LATENTCORE_CACHE", str(tmp_path / "new"))
+    calls: list[float] = []
+
+    def measure(nbytes: int, seconds: float) -> float:
+        calls.append(time.monotonic())
+        return 5e9
+
+    monkeypatch.setattr(runtime, "read_bandwidth", measure)
+    assert bandwidth.machine_read_bandwidth() == bandwidth.machine_read_bandwidth() == 5e9
+    assert len(calls) == 1
+    (tmp_path / "new" / "bandwidth.json").write_text("rubbish")
+    assert bandwidth.machine_read_bandwidth() == 5e9
+    assert len(calls) == 2
