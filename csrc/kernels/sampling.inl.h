@@ -140,9 +140,10 @@ struct GreedyPlan {
 LC_INLINE void largest_of_chunks(const Chunks& chunks, const float* x, int64_t c0, int64_t c1, float* top) {
   for (int64_t c = c0; c < c1; ++c) top[c] = largest(x + chunks.begin(c), chunks.size(c));
 }
-// The first of a row's largest logits; `top` holds those of its chunks.
+// The first of a row's largest logits, 0 if there are none; `top` holds those of its chunks.
 LC_INLINE int32_t argmax_row(const Chunks& chunks, const float* x, const float* top) {
   const float best = largest(top, chunks.per_row);
+  if (best == kNoLogit) return 0;
   const int64_t c = first_of(top, chunks.per_row, best);
   return static_cast<int32_t>(chunks.begin(c) + first_of(x + chunks.begin(c), chunks.size(c), best));
 }

@@ -1,11 +1,12 @@
 """Choosing tokens from logits. A row's result depends on that row's inputs alone, not on the other
 rows or the number of threads.
 
-The steps of sampling, in order: `restrict` (grammar), `add_bias` (bias, bans), `penalize`, `sample`.
-The first three change logits in place, only for the rows and tokens that they are given; `sample`,
-`greedy` and `logprobs` leave them as they are. A NaN logit counts as -inf: it is never chosen while
-another token can be. All ops but `greedy` check the contents of their arguments and therefore run
-eagerly only; `greedy` can be captured in a graph.
+The steps of sampling, in order: `restrict` (grammar), `add_bias` (bias, bans), `penalize`,
+`sample`. The first three change logits in place, only for the rows and tokens that they are given;
+`sample`, `greedy` and `logprobs` leave them as they are. A NaN logit counts as -inf: it is never
+chosen while another token can be. All ops but `greedy` check the contents of their arguments and
+therefore run eagerly only; `greedy` can be captured in a graph. A vocabulary has at
+most 2^24 tokens.
 """
 
 import torch
@@ -51,12 +52,12 @@ def penalize(
 ) -> None:
     """Penalizes the tokens that a row's sequence holds already, as vLLM defines it.
 
-    logits f32 [n, vocab]; the sequence of row i is token_ids[offsets[i]:offsets[i + 1]], its output
-    starts at output_offsets[i]: offsets int32 [n + 1], rising from 0 to m; output_offsets int32 [n];
-    token_ids int32 [m]. A row with penalties of 1, 0, 0 may have an empty sequence. For each token
-    of the sequence: positive logits are divided, others multiplied, by repetition f32 [n] (> 0);
-    then, for tokens of the output, frequency f32 [n] times the token's count and presence f32 [n]
-    are subtracted.
+    logits f32 [n, vocab]; the sequence of row i is token_ids[offsets[i]:offsets[i + 1]], its
+    output starts at output_offsets[i]: offsets int32 [n + 1], rising from 0 to m; output_offsets
+    int32 [n]; token_ids int32 [m]. A row with penalties of 1, 0, 0 may have an empty sequence. For
+    each token of the sequence: positive logits are divided, others multiplied, by repetition f32
+    [n] (> 0); then, for tokens of the output, frequency f32 [n] times the token's count and presence
+    f32 [n] are subtracted.
     """
     _penalize(logits, offsets, output_offsets, token_ids, repetition, presence, frequency)
 
@@ -75,14 +76,14 @@ def sample(
     """Chooses a token for each row: temperature, then min_p, top_k, top_p, then a draw.
 
     logits f32 [n, vocab]. Parameters, each [n]: temperature f32, 0 is greedy (lowest index among
-    equals); top_k int32, below 1 or from vocab on it is off; top_p f32 in 0..1, 1 is off, 0 keeps the
-    likeliest; min_p f32 in 0..1, 0 is off. Tokens as likely as the last one kept are kept too. seeds
-    and counters int64 [n]: the same pair draws the same random number (Philox4x32-10); use a new
-    counter for each token of a sequence.
+    equals); top_k int32, below 1 or from vocab on it is off; top_p f32 in 0..1, 1 is off, 0 keeps
+    the likeliest; min_p f32 in 0..1, 0 is off. Tokens as likely as the last one kept are kept too.
+    seeds and counters int64 [n]: the same pair draws the same random number (Philox4x32-10); use a
+    new counter for each token of a sequence.
 
     Writes token_ids int32 [n] and logprobs f32 [n]: the token's log-probability among the tokens
-    kept (0 where greedy; not the model's: see `logprobs`). A row with nothing to choose, every logit
-    -inf or NaN, gets token 0 with log-probability -inf.
+    kept (0 where greedy; not the model's: see `logprobs`). A row with nothing to choose, every
+    logit -inf or NaN, gets token 0 with log-probability -inf.
     """
     _sample(logits, temperature, top_k, top_p, min_p, seeds, counters, token_ids, logprobs)
 
@@ -105,9 +106,10 @@ def logprobs(
 ) -> None:
     """Log-softmax of given tokens and of the likeliest.
 
-    logits f32 [n, vocab]; token_ids int32 [n, m]. Writes values f32 [n, m], their log-probabilities;
-    ranks int32 [n, m], 1 + how many tokens are likelier; top_ids int32 and top_values f32 [n, k], the
-    k <= vocab likeliest tokens, best first, the lowest index first among equals. m and k may be 0.
-    Tokens that cannot be chosen (-inf or NaN) have log-probability -inf.
+    logits f32 [n, vocab]; token_ids int32 [n, m]. Writes values f32 [n, m], their
+    log-probabilities; ranks int32 [n, m], 1 + how many tokens are likelier; top_ids int32 and
+    top_values f32 [n, k], the k likeliest tokens, best first, the lowest index first among equals.
+    m and k may be 0, k at most 1024 and vocab. Tokens that cannot be chosen (-inf or NaN) have
+    log-probability -inf.
     """
     _logprobs(logits, token_ids, values, ranks, top_ids, top_values)
