@@ -10,8 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/stamps
-# PyTorch's builds without CUDA; used where it can be reached.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# An index of PyTorch's builds without CUDA, where pip's own gives the large ones.
+TORCH_INDEX ?=
 
 NATIVE := CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 PACKAGE := pyproject.toml constraints.txt README.md LICENSE $(NATIVE) \
@@ -57,7 +57,7 @@ $(STAMPS)/torch: constraints.txt tools/install_torch.sh
 	  f"error: latentcore needs Python 3.11 or later, $(PYTHON) is {v[0]}.{v[1]}; run make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	@mkdir -p $(STAMPS)
-	tools/install_torch.sh $(BIN)/python $(TORCH_INDEX)
+	tools/install_torch.sh $(BIN)/python '$(TORCH_INDEX)'
 	@touch $@
 
 $(STAMPS)/build: $(STAMPS)/torch pyproject.toml

@@ -12,5 +12,5 @@ show() {
   "$latentcore" "$@" </dev/null
 }
 
-show generate --prompt "Once upon a time" --max-tokens 160 --seed 1
-show chat --think --prompt "What is 17 + 25?" --max-tokens 200 --seed 1
+show chat --prompt "Tell me a story about a fox." --max-tokens 400 --seed 1
+show chat --think --prompt "What is 123 + 456?" --max-tokens 300 --seed 1

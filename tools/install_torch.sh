@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the PyTorch of constraints.txt, without CUDA where such a build can be had.
+# Installs the PyTorch of constraints.txt: from INDEX, if given, the build without CUDA.
 # Usage: install_torch.sh PYTHON INDEX
 set -euo pipefail
 
@@ -8,8 +8,8 @@ index=$2
 pip=("$python" -m pip --disable-pip-version-check install --quiet)
 version=$(sed -n 's/^torch==//p' "$(dirname "$0")/../constraints.txt")
 
-# PyPI's build for Linux brings gigabytes of CUDA libraries along; a local version means without.
-if ! "${pip[@]}" --no-deps --retries 1 --extra-index-url "$index" "torch==$version+cpu" 2>/dev/null; then
-  echo "no torch $version+cpu from $index; installing the default build"
+if [ -n "$index" ]; then
+  "${pip[@]}" --extra-index-url "$index" "torch==$version+cpu"
+else
+  "${pip[@]}" "torch==$version"
 fi
-"${pip[@]}" "torch==$version"
