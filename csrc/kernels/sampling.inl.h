@@ -198,8 +198,7 @@ struct Count16 {
 // above[j] += the weight of the values above pivot[j], and total that of all.
 constexpr int kPivots = 7;
 template <class W>
-LC_INLINE void add_above(const float* x, int64_t n, const float* pivot, const W& weight, double* above,
-                         double* total) {
+LC_INLINE void add_above(const float* x, int64_t n, const float* pivot, const W& weight, double* above, double* total) {
   for (int64_t begin = 0; begin < n; begin += kChunk) {
     vf at[kPivots], sum[kPivots + 1];
     LC_UNROLL
@@ -324,8 +323,13 @@ struct SampleRow {
   float* list;
 
   SampleRow(const SampleArgs& args, const SamplePlan& p, int64_t r, int64_t slot)
-      : a(args), chunks(args.vocab), row(r), x(args.logits + r * args.vocab), temperature(args.temperature[r]),
-        top_p(args.top_p[r]), top_k(args.top_k[r]) {
+      : a(args),
+        chunks(args.vocab),
+        row(r),
+        x(args.logits + r * args.vocab),
+        temperature(args.temperature[r]),
+        top_p(args.top_p[r]),
+        top_k(args.top_k[r]) {
     const int64_t unit = slot * chunks.per_row;
     top = p.top + unit;
     sums = p.sums + unit * (kPivots + 1);

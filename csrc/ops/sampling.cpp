@@ -69,9 +69,12 @@ void add_bias(Tensor logits, Tensor offsets, Tensor token_ids, Tensor bias) {
     const auto ids = c.tensor("token_ids", token_ids, DType::Int, {kAny});
     const int64_t m = ids.size(0);
     c.refuse_capture("logits");
-    BiasArgs a{l.data, l.n, l.vocab, offsets_of(c, offsets, l.n, m), static_cast<const int32_t*>(ids.data),
-               parameter(c, "bias", bias, m, "a finite number or -inf",
-                         [](float v) { return v < __builtin_inff(); })};
+    BiasArgs a{l.data,
+               l.n,
+               l.vocab,
+               offsets_of(c, offsets, l.n, m),
+               static_cast<const int32_t*>(ids.data),
+               parameter(c, "bias", bias, m, "a finite number or -inf", [](float v) { return v < __builtin_inff(); })};
     c.contents("token_ids", a.token_ids, m, 1, 0, l.vocab - 1);
     if (m > 0) c.launch(kernels().add_bias, a);
   });
@@ -86,7 +89,10 @@ void penalize(Tensor logits, Tensor offsets, Tensor output_offsets, Tensor token
     const auto ids = c.tensor("token_ids", token_ids, DType::Int, {kAny});
     const int64_t m = ids.size(0);
     c.refuse_capture("logits");
-    PenalizeArgs a{l.data, l.n, l.vocab, offsets_of(c, offsets, l.n, m),
+    PenalizeArgs a{l.data,
+                   l.n,
+                   l.vocab,
+                   offsets_of(c, offsets, l.n, m),
                    c.data<const int32_t>("output_offsets", output_offsets, DType::Int, {l.n}),
                    static_cast<const int32_t*>(ids.data),
                    parameter(c, "repetition", repetition, l.n, "a finite number above 0",
@@ -107,12 +113,14 @@ LC_OP(penalize,
       "Tensor presence, Tensor frequency) -> ()")
 
 template <bool Run>
-void sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds,
-            Tensor counters, Tensor token_ids, Tensor logprobs) {
+void sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, Tensor counters,
+            Tensor token_ids, Tensor logprobs) {
   checked("sample", Run, [&](const Call& c) {
     const Rows l = rows_of(c, logits, false);
     c.refuse_capture("logits");
-    SampleArgs a{l.data, l.n, l.vocab,
+    SampleArgs a{l.data,
+                 l.n,
+                 l.vocab,
                  parameter(c, "temperature", temperature, l.n, "a finite number of at least 0",
                            [](float v) { return is_finite(v) && v >= 0.0f; }),
                  c.data<const int32_t>("top_k", top_k, DType::Int, {l.n}),
@@ -148,9 +156,15 @@ void logprobs(Tensor logits, Tensor token_ids, Tensor values, Tensor ranks, Tens
     const auto top = c.target("top_ids", top_ids, DType::Int, {l.n, kAny});
     const int64_t k = top.size(1);
     c.range("top_ids columns", k, 0, l.vocab < kMaxTop ? l.vocab : kMaxTop);
-    LogprobsArgs a{l.data, l.n, l.vocab, m, k, static_cast<const int32_t*>(ids.data),
+    LogprobsArgs a{l.data,
+                   l.n,
+                   l.vocab,
+                   m,
+                   k,
+                   static_cast<const int32_t*>(ids.data),
                    c.output<float>("values", values, DType::Float, {l.n, m}),
-                   c.output<int32_t>("ranks", ranks, DType::Int, {l.n, m}), static_cast<int32_t*>(top.data),
+                   c.output<int32_t>("ranks", ranks, DType::Int, {l.n, m}),
+                   static_cast<int32_t*>(top.data),
                    c.output<float>("top_values", top_values, DType::Float, {l.n, k})};
     c.refuse_capture("logits");
     c.contents("token_ids", a.token_ids, l.n * m, m, 0, l.vocab - 1);

@@ -56,8 +56,8 @@ def penalize(
     output starts at output_offsets[i]: offsets int32 [n + 1], rising from 0 to m; output_offsets
     int32 [n]; token_ids int32 [m]. A row with penalties of 1, 0, 0 may have an empty sequence. For
     each token of the sequence: positive logits are divided, others multiplied, by repetition f32
-    [n] (> 0); then, for tokens of the output, frequency f32 [n] times the token's count and presence
-    f32 [n] are subtracted.
+    [n] (> 0); then, for tokens of the output, frequency f32 [n] times the token's count and
+    presence f32 [n] are subtracted.
     """
     _penalize(logits, offsets, output_offsets, token_ids, repetition, presence, frequency)
 
