@@ -1,8 +1,8 @@
-"""Roofline share of the matrix kernels: every scheme, tier and batch size, against ceilings of the same run.
+"""Roofline share of the matrix kernels: every scheme, tier and batch size.
 
     python benchmarks/kernels.py [--threads N] [--tiers avx512,avx2] [--json FILE]
 
-The least possible time of a call is the larger of (bytes of weights touched / read bandwidth) and
+Ceilings are measured in the same run. The least possible time of a call is the larger of (bytes of weights touched / read bandwidth) and
 (operations / peak of the format's best instruction). Experts are chosen at random and counted; the
 stack of experts is larger than the caches.
 """
@@ -23,7 +23,7 @@ SCHEMES = (Format.INT8, Format.FP8, Format.BF16)
 
 
 def packed(fmt: Format, batch: int, parts: int, rows: int, cols: int) -> PackedWeight:
-    """A random packed weight; all matrices of the stack hold the same values in their own memory."""
+    """A random packed weight; all matrices of the stack hold the same values."""
     weight = PackedWeight.allocate(fmt, batch, parts, rows, cols)
     w = torch.randn(rows, cols).to(torch.bfloat16)
     if fmt == Format.INT8:
@@ -85,11 +85,13 @@ def main() -> None:
                         for _ in range(8 if n < 64 else 1)
                     ]
 
-                    def experts_call(x=x, sets=sets, weights=weights, out=out) -> None:
+                    def experts_call(
+                        x=x, sets=sets, weights=weights, out=out, gate_up=gate_up, down=down
+                    ) -> None:
                         for ids in sets:
                             moe.moe(x, ids, weights, gate_up, down, out)
 
-                    def linear_call(x=x, out=out) -> None:
+                    def linear_call(x=x, out=out, square=square) -> None:
                         dense.linear(x, square, out)
 
                     touched = sum(len(ids.unique()) for ids in sets) / len(sets)
@@ -120,7 +122,7 @@ def main() -> None:
                         rows.append(row)
                         print(
                             f"{name:7}{fmt.name:6}{tier:8}{n:6}{row['ms']:10.3f} ms"
-                            f"{row['GB/s']:8.1f} GB/s{row['Gop/s']:9.0f} Gop/s of {row['peak Gop/s']:.0f}"
+                            f"{row['GB/s']:8.1f} GB/s{row['Gop/s']:9.0f} of {row['peak Gop/s']:.0f} Gop/s"
                             f"   share {row['share']:.2f}",
                             flush=True,
                         )
