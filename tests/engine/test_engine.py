@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from latentcore.engine.engine import Engine, StepFailedError
+from latentcore.engine.engine import Engine, GrammarDeadEndError, StepFailedError
 from latentcore.engine.outputs import RequestOutput
 from latentcore.engine.request import Prompt, RequestPreparer
 from latentcore.engine.sampling_params import (
@@ -13,6 +13,7 @@ from latentcore.engine.sampling_params import (
     SamplingParams,
     StructuredOutputsParams,
 )
+from latentcore.engine.structured import GrammarMatcher
 from latentcore.errors import RequestError
 from tests.engine.fakes import END_ID, FakeRunner, ScriptedRunner, make_engine
 
@@ -391,6 +392,27 @@ def test_answers_obey_their_grammar(structured: StructuredOutputsParams, check) 
         assert check(choice.text), choice.text
 
 
+def test_a_grammar_without_a_way_on_fails_its_request_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("xgrammar")
+    engine, preparer = make_engine()
+    structured = StructuredOutputsParams(regex="[a-z]{30}")
+    params = SamplingParams(max_tokens=9, seed=1, ignore_eos=True)
+    engine.add_request("fine", preparer.prepare("Q", params))
+    engine.add_request("lost", preparer.prepare("Q", params.replace(structured_outputs=structured)))
+    engine.step()
+    engine.step()
+    monkeypatch.setattr(GrammarMatcher, "accept", lambda *_: False)
+    step = engine.step()
+    assert isinstance(step.failures["lost"], GrammarDeadEndError)
+    assert [output.request_id for output in step.outputs] == ["fine"]
+    engine.check_integrity()
+    while engine.has_unfinished:
+        last = engine.step()
+    assert last.outputs[0].outputs[0].token_ids == alone("Q", params).outputs[0].token_ids
+
+
 def test_json_answers_fit_their_schema() -> None:
     pytest.importorskip("xgrammar")
     import json
@@ -418,6 +440,7 @@ def test_json_answers_fit_their_schema() -> None:
         {"regex": "(["},
         {"grammar": "root ::= missing"},
         {"json": {"$ref": "#/definitions/none"}},
+        {"json": {"$ref": "#"}},
     ],
 )
 def test_grammars_that_cannot_be_compiled_are_request_errors(structured: dict[str, object]) -> None:

@@ -9,9 +9,11 @@ from tests.engine.fakes import TEMPLATE
 from tests.engine.test_tokenizer import byte_level_dir
 
 
-def write_tiny_model(folder: Path) -> Path:
+def write_tiny_model(folder: Path, *, max_position_embeddings: int = 512) -> Path:
     """A V3 model of random weights over single bytes; its end token is 257."""
-    config = tiny_config(eos_token_id=257, bos_token_id=256)
+    config = tiny_config(
+        eos_token_id=257, bos_token_id=256, max_position_embeddings=max_position_embeddings
+    )
     write_checkpoint(folder, config, random_tensors(tensor_list(config, "bf16")))
     byte_level_dir(folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from latentcore import __version__
-from latentcore.cli import chat, generate, preflight, quantize
+from latentcore.cli import chat, generate, preflight, quantize, serve
 from latentcore.errors import UserError
 
 EXIT_BUG = 1
@@ -48,6 +48,7 @@ def _options(
 
 app.command()(generate.generate)
 app.command()(chat.chat)
+app.command()(serve.serve)
 app.command()(preflight.preflight)
 app.command()(quantize.quantize)
 

@@ -2,7 +2,7 @@
 
 import enum
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -86,7 +86,7 @@ class SamplingOptions:
     seed: int | None
     stop: list[str] | None
 
-    def given(self) -> dict[str, object]:
+    def given(self) -> dict[str, Any]:
         """The options that were given, by SamplingParams' names."""
         found = {
             "temperature": self.temperature,

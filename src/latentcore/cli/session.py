@@ -51,7 +51,7 @@ class Statistics:
 
 def open_model(options: ModelOptions) -> LLM:
     """Loads the model, with a progress bar on stderr where that is a terminal."""
-    progress, finish = _progress()
+    progress, finish = loading_progress()
     try:
         return LLM(
             options.model,
@@ -69,14 +69,14 @@ def open_model(options: ModelOptions) -> LLM:
 
 def sampling_params(llm: LLM, options: SamplingOptions) -> SamplingParams:
     """The model's defaults with the options given on the command line."""
-    return llm.loaded.default_params(**options.given()).replace(
-        max_tokens=options.max_tokens, output_kind=RequestOutputKind.DELTA
+    return llm.loaded.default_params(
+        **options.given(), max_tokens=options.max_tokens, output_kind=RequestOutputKind.DELTA
     )
 
 
 def check_sampling(options: SamplingOptions) -> None:
     """Refuses bad sampling options before anything is loaded."""
-    SamplingParams(**options.given(), max_tokens=options.max_tokens)  # type: ignore[arg-type]
+    SamplingParams(**options.given(), max_tokens=options.max_tokens)
 
 
 @dataclass
@@ -156,7 +156,8 @@ def write_note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _progress() -> tuple[Progress, Callable[[], None]]:
+def loading_progress() -> tuple[Progress, Callable[[], None]]:
+    """What to call while loading, and once at its end: a bar on a terminal, a line elsewhere."""
     if sys.stderr.isatty():
         return _progress_bar()
     return _progress_line()

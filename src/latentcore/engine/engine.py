@@ -70,6 +70,10 @@ class StepFailedError(LatentcoreError):
     """The step that a request was part of failed. The request is lost, the engine goes on."""
 
 
+class GrammarDeadEndError(LatentcoreError):
+    """A request's grammar has come to a place that nothing can follow."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """How the engine schedules. `seed` is the base for requests that bring none."""
@@ -103,6 +107,7 @@ class _Choice:
         "detokenizer",
         "finish_reason",
         "index",
+        "grammar_after",
         "logprobs",
         "matcher",
         "published_finish",
@@ -122,6 +127,7 @@ class _Choice:
         self.seed = derive_seed(seed, index)
         self.sequence: ScheduledSequence | None = None
         self.matcher: GrammarMatcher | None = request.grammar.matcher() if request.grammar else None
+        self.grammar_after = request.grammar_after
         self.detokenizer: Detokenizer | None = None
         self.stop_filter = StopStringFilter(
             params.stop_strings, include_stop=params.include_stop_str_in_output
@@ -276,9 +282,8 @@ class Engine:
             return StepOutputs()
         self._note_scheduled(schedule, started)
         stats = StepStats(num_sequences=len(schedule.chunks), num_preempted=len(schedule.preempted))
-        touched: list[_Request] = []
         try:
-            touched = self._run(schedule, stats)
+            touched, failures = self._run(schedule, stats)
         except Exception as error:
             logger.exception("a step failed")
             failure = StepFailedError(f"the engine failed while it computed this request: {error}")
@@ -287,7 +292,7 @@ class Engine:
         outputs = self._publish(touched)
         stats.step_time = time.monotonic() - started
         self.last_step = stats
-        return StepOutputs(outputs=outputs)
+        return StepOutputs(outputs=outputs, failures=failures)
 
     def check_integrity(self) -> None:
         """Compares requests, queues and blocks with each other; raises on any contradiction."""
@@ -305,7 +310,10 @@ class Engine:
 
     # -- the step ----------------------------------------------------------------------------------
 
-    def _run(self, schedule: Schedule, stats: StepStats) -> list[_Request]:
+    def _run(
+        self, schedule: Schedule, stats: StepStats
+    ) -> tuple[list[_Request], dict[str, BaseException]]:
+        """Runs and samples; returns the requests with news, and those that failed alone."""
         chunks = [self._chunk(chunk) for chunk in schedule.chunks]
         masks = self._start_masks(schedule)
         model_started = time.monotonic()
@@ -314,6 +322,7 @@ class Engine:
         self.scheduler.complete(schedule)
         sampling: list[tuple[int, _Request, _Choice]] = []
         touched: dict[str, _Request] = {}
+        failures: dict[str, BaseException] = {}
         row = 0
         for scheduled, chunk in zip(schedule.chunks, chunks, strict=True):
             request, choice = self._owners[scheduled.sequence.rank]
@@ -335,12 +344,13 @@ class Engine:
             if chunk.logits != "none":
                 row += 1
         if sampling:
-            self._sample(logits, sampling, masks)
+            failures = self._sample(logits, sampling, masks)
             stats.generated_tokens = len(sampling)
         stats.pure_decode = all(
             chunk.num_tokens == 1 and chunk.path == "decode" for chunk in schedule.chunks
         )
-        return list(touched.values())
+        found = [request for name, request in touched.items() if name not in failures]
+        return found, failures
 
     def _chunk(self, scheduled: ScheduledChunk) -> SequenceChunk:
         sequence = scheduled.sequence
@@ -365,7 +375,7 @@ class Engine:
         masks: dict[tuple[int, int], Future[torch.Tensor]] = {}
         for chunk in schedule.chunks:
             _, choice = self._owners[chunk.sequence.rank]
-            if chunk.samples and choice.matcher is not None:
+            if chunk.samples and choice.matcher is not None and choice.grammar_after is None:
                 masks[chunk.sequence.rank] = self._masks.submit(
                     _fill_mask, choice.matcher, self._options.vocab_size
                 )
@@ -376,7 +386,9 @@ class Engine:
         logits: "torch.Tensor",
         sampling: Sequence[tuple[int, _Request, _Choice]],
         masks: "dict[tuple[int, int], Future[torch.Tensor]]",
-    ) -> None:
+    ) -> dict[str, BaseException]:
+        """Samples and takes in a token for every row; returns the requests that failed alone."""
+        failures: dict[str, BaseException] = {}
         rows: list[SampleRow] = []
         for _, request, choice in sampling:
             sequence = choice.sequence
@@ -403,9 +415,17 @@ class Engine:
         for (_, request, choice), sampled in zip(
             sampling, self._sampler.sample(logits, rows), strict=True
         ):
+            if request.request_id not in self._requests:
+                continue
             if request.metrics.first_token_time is None:
                 request.metrics.first_token_time = now
-            self._advance(request, choice, sampled)
+            try:
+                self._advance(request, choice, sampled)
+            except GrammarDeadEndError as error:
+                self._drop(request)
+                failures[request.request_id] = error
+
+        return failures
 
     def _advance(self, request: _Request, choice: _Choice, sampled: SampledToken) -> None:
         """Takes in a new token: text, log-probabilities, and whether the answer ends here."""
@@ -421,8 +441,11 @@ class Engine:
             assert params.logprobs is not None
             choice.logprobs.append(self._logprobs_at(token_id, sampled.logprobs, params.logprobs))
             choice.cumulative_logprob += sampled.logprobs.logprob
-        if choice.matcher is not None and not choice.matcher.accept(token_id):
-            raise LatentcoreError(f"token {token_id} breaks the grammar that it was masked by")
+        if choice.grammar_after is not None:
+            if token_id == choice.grammar_after:
+                choice.grammar_after = None
+        elif choice.matcher is not None and not choice.matcher.accept(token_id):
+            raise GrammarDeadEndError("no token continues this answer within its grammar")
         stops_count = len(choice.token_ids) >= params.min_tokens
         stopped = stops_count and self._stops(request, choice, token_id)
         if not stopped or params.include_stop_str_in_output:

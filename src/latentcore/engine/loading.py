@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from latentcore.config import EngineConfig, GenerationDefaults, ModelConfig
 from latentcore.engine.chat import ChatTemplate
@@ -49,18 +50,19 @@ class LoadedModel:
         engine = Engine(self.runner, self.sampler, self.tokenizer, options)
         return engine, RequestPreparer(engine.limits, self.tokenizer, end_ids=self.end_ids)
 
-    def default_params(self, **changes: object) -> SamplingParams:
-        """The checkpoint's own sampling defaults, with `changes` that are not None."""
+    def default_params(self, *, max_tokens: int | None = 16, **changes: Any) -> SamplingParams:
+        """The checkpoint's own sampling defaults, with those of `changes` that are not None."""
         found = self.defaults
-        values: dict[str, object] = {
+        values = {
             "temperature": found.temperature,
             "top_p": found.top_p,
             "top_k": found.top_k,
             "min_p": found.min_p,
             "repetition_penalty": found.repetition_penalty,
-            **changes,
         }
-        return SamplingParams(**{k: v for k, v in values.items() if v is not None})  # type: ignore[arg-type]
+        values |= {name: value for name, value in changes.items() if value is not None}
+        given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+        return SamplingParams(max_tokens=max_tokens, **given)
 
 
 def model_name(model: str | os.PathLike[str] | None, path: Path) -> str:

@@ -44,7 +44,9 @@ class PreparedRequest:
     prompt_token_ids: list[int]
     params: SamplingParams
     max_tokens: int
-    grammar: CompiledGrammar | None
+    grammar: CompiledGrammar | None = None
+    grammar_after: int | None = None
+    """The grammar holds from after this token on (the end of reasoning); None: from the start."""
 
 
 class RequestPreparer:
@@ -56,18 +58,26 @@ class RequestPreparer:
         """`end_ids` are the model's end tokens."""
         self.limits = limits
         self.tokenizer = tokenizer
-        self._compiler = (
+        self.grammars = (
             GrammarCompiler(tokenizer, vocab_size=limits.vocab_size, end_ids=end_ids)
             if tokenizer is not None
             else None
         )
 
     def prepare(
-        self, prompt: Prompt, params: SamplingParams, *, add_begin: bool = True
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        add_begin: bool = True,
+        grammar: CompiledGrammar | None = None,
+        grammar_after: int | None = None,
     ) -> PreparedRequest:
         """Raises RequestError naming what does not fit, with the numbers.
 
         `add_begin`: text gets the model's begin token, if it wants one and the text has none.
+        `grammar`: what the answer obeys, where the parameters' structured_outputs do not say.
+        `grammar_after`: the grammar holds from after this token on.
         """
         text, token_ids = self.tokenize(prompt, add_begin=add_begin)
         limits = self.limits
@@ -83,12 +93,11 @@ class RequestPreparer:
                 "stop_token_ids"
             )
         max_tokens = self._max_tokens(len(token_ids), params)
-        grammar = None
         if params.structured_outputs is not None:
-            if self._compiler is None:
+            if self.grammars is None:
                 raise RequestError("structured_outputs: this model has no tokenizer")
-            grammar = self._compiler.compile(params.structured_outputs)
-        return PreparedRequest(text, token_ids, params, max_tokens, grammar)
+            grammar = self.grammars.compile(params.structured_outputs)
+        return PreparedRequest(text, token_ids, params, max_tokens, grammar, grammar_after)
 
     def tokenize(self, prompt: Prompt, *, add_begin: bool) -> tuple[str | None, list[int]]:
         """The prompt's text, where it was given, and its token ids, checked."""

@@ -4,9 +4,11 @@ A grammar is compiled once and kept; each choice has a matcher that knows which 
 next, as one bit a token. Matchers of a step are asked while the model runs.
 """
 
+import contextlib
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from latentcore.engine.sampling_params import StructuredOutputsParams
@@ -55,6 +57,15 @@ class CompiledGrammar:
         self._compiled = compiled
         self._end_ids = list(end_ids)
 
+    def check_can_start(self, vocab_size: int) -> None:
+        """Raises RequestError where no token at all may come first."""
+        mask = new_mask(vocab_size)
+        self.matcher().fill(mask)
+        if not mask.any():
+            raise RequestError(
+                "structured_outputs: the grammar cannot be compiled (nothing satisfies it)"
+            )
+
     def matcher(self) -> GrammarMatcher:
         """A matcher at the start of the grammar."""
         import xgrammar
@@ -66,6 +77,15 @@ class CompiledGrammar:
                 terminate_without_stop_token=not self._end_ids,
             )
         )
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallGrammar:
+    """A tool call: fixed text, arguments that fit a JSON schema (as text), fixed text."""
+
+    before: str
+    schema: str
+    after: str
 
 
 class GrammarCompiler:
@@ -81,16 +101,32 @@ class GrammarCompiler:
 
     def compile(self, params: StructuredOutputsParams) -> CompiledGrammar:
         """Compiles; RequestError for a grammar that cannot be."""
-        with self._lock:
-            try:
-                return CompiledGrammar(self._compile(params), self._end_ids)
-            except RequestError:
-                raise
-            except (RuntimeError, ValueError, RecursionError, TypeError) as error:
-                reason = " ".join(str(error).split())
-                raise RequestError(
-                    f"structured_outputs: the grammar cannot be compiled ({reason[:300]})"
-                ) from None
+        with self._lock, _request_errors():
+            compiled = CompiledGrammar(self._compile(params), self._end_ids)
+            compiled.check_can_start(self._vocab_size)
+            return compiled
+
+    def compile_tool_call(self, options: Sequence[ToolCallGrammar]) -> CompiledGrammar:
+        """A grammar for one tool call: one of `options`. RequestError if it cannot be compiled."""
+        with self._lock, _request_errors():
+            compiler = self._get_compiler()
+            from xgrammar import Grammar
+
+            grammars = []
+            for option in options:
+                _check_size("tools", option.schema)
+                _check_depth(json.loads(option.schema))
+                grammars.append(
+                    Grammar.concat(
+                        Grammar.from_ebnf(f"root ::= {_quoted(option.before)}"),
+                        Grammar.from_json_schema(option.schema, any_whitespace=False),
+                        Grammar.from_ebnf(f"root ::= {_quoted(option.after)}"),
+                    )
+                )
+            whole = grammars[0] if len(grammars) == 1 else Grammar.union(*grammars)
+            compiled = CompiledGrammar(compiler.compile_grammar(whole), self._end_ids)
+            compiled.check_can_start(self._vocab_size)
+            return compiled
 
     def _compile(self, params: StructuredOutputsParams) -> "xgrammar.CompiledGrammar":
         compiler = self._get_compiler()
@@ -114,7 +150,13 @@ class GrammarCompiler:
 
     def _get_compiler(self) -> "xgrammar.GrammarCompiler":
         if self._compiler is None:
-            import xgrammar
+            try:
+                import xgrammar
+            except ImportError:
+                raise RequestError(
+                    "structured_outputs: xgrammar is not installed; pip install "
+                    "'latentcore[structured]'"
+                ) from None
 
             vocabulary: list[Any] = [token or b"" for token in self._tokenizer.token_bytes]
             special = self._tokenizer.special_ids
@@ -149,6 +191,20 @@ def _quoted(text: str) -> str:
         for character in text
     )
     return f'"{escaped}"'
+
+
+@contextlib.contextmanager
+def _request_errors() -> Iterator[None]:
+    """Turns what xgrammar raises over a grammar into a RequestError."""
+    try:
+        yield
+    except RequestError:
+        raise
+    except (RuntimeError, ValueError, RecursionError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise RequestError(
+            f"structured_outputs: the grammar cannot be compiled ({reason[:300]})"
+        ) from None
 
 
 def _check_size(name: str, text: str) -> None:

@@ -1,0 +1,92 @@
+"""Errors in OpenAI's form."""
+
+from typing import Any
+
+from pydantic_core import ErrorDetails
+
+from latentcore.engine.async_engine import EngineClosedError, EngineDeadError, QueueFullError
+from latentcore.engine.engine import GrammarDeadEndError, StepFailedError
+from latentcore.errors import UserError
+
+RETRY_AFTER_SECONDS = 2
+
+
+class ApiError(Exception):
+    """An answer other than 200: status, OpenAI's `type`, `code` and `param`, one line of text."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message.encode("utf-8", "replace").decode()
+        self.kind = kind
+        self.code = code
+        self.param = param
+        self.headers = headers or {}
+
+    def body(self) -> dict[str, Any]:
+        """`{"error": {...}}`."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.kind,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """What a client is told of an exception."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, UserError):
+        text = str(error)
+        name, colon, _ = text.partition(":")
+        param = name if colon and name.replace("_", "").isalnum() else None
+        return ApiError(400, text, param=param)
+    if isinstance(error, QueueFullError):
+        return ApiError(
+            429,
+            str(error),
+            kind="rate_limit_error",
+            code="queue_full",
+            headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
+        )
+    if isinstance(error, EngineClosedError):
+        return ApiError(
+            503,
+            str(error),
+            kind="service_unavailable",
+            headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
+        )
+    if isinstance(error, EngineDeadError):
+        return ApiError(503, "the engine has stopped", kind="service_unavailable")
+    if isinstance(error, GrammarDeadEndError):
+        return ApiError(400, str(error), code="grammar_dead_end")
+    if isinstance(error, StepFailedError):
+        return ApiError(500, str(error), kind="server_error", code="step_failed")
+    if isinstance(error, TimeoutError):
+        return ApiError(408, "the request took longer than the server's limit", kind="timeout")
+    return ApiError(500, "an internal error; the server's log says more", kind="server_error")
+
+
+def validation_error(details: list[ErrorDetails]) -> ApiError:
+    """One line for the first thing that is wrong with a body."""
+    first = details[0]
+    path = [str(part) for part in first["loc"] if part not in ("body", "query")]
+    name = ".".join(path[:4])
+    if first["type"] == "json_invalid":
+        return ApiError(400, "the body is not valid JSON", code="invalid_json")
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"{name}: this field is not known here", param=name)
+    message = first["msg"][:300]
+    return ApiError(400, f"{name or 'body'}: {message}", param=name or None)

@@ -1,0 +1,130 @@
+"""Running the application: uvicorn, signals, draining, logs, exit codes."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+
+from latentcore.engine.async_engine import AsyncEngine
+from latentcore.errors import UserError
+from latentcore.server.app import ServerOptions, create_app
+
+logger = logging.getLogger("latentcore.server")
+
+EXIT_ENGINE_DEAD = 3
+"""Exit code when the engine has died, for a supervisor to start the server again."""
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        fields.update(getattr(record, "fields", {}))
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps(fields, ensure_ascii=False)
+
+
+def configure_logging(level: str) -> None:
+    """JSON lines on stderr from `level` (debug, info, warning, error) on."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("latentcore").setLevel(level.upper())
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to an address, so that a port in use is found before anything is loaded."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise UserError(f"cannot listen on {host}:{port} ({error.strerror})") from None
+    listener.listen(2048)
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, but a signal ends in a clean exit and not in the signal's own death."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGINT, signal.SIGTERM)
+        for one in signals:
+            loop.add_signal_handler(one, self.handle_exit, one, None)
+        try:
+            yield
+        finally:
+            for one in signals:
+                loop.remove_signal_handler(one)
+
+
+def serve(
+    engine: AsyncEngine, options: ServerOptions, listener: socket.socket, *, drain_timeout: float
+) -> int:
+    """Serves until a signal or the engine's death; returns the process's exit code.
+
+    On SIGTERM or SIGINT nothing new is taken; what runs may finish within `drain_timeout` seconds.
+    """
+    config = uvicorn.Config(
+        create_app(engine, options),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(drain_timeout)),
+        timeout_keep_alive=30,
+        h11_max_incomplete_event_size=64 << 10,
+    )
+    server = _Server(config)
+
+    async def main() -> None:
+        watching = asyncio.ensure_future(_watch(engine, server))
+        try:
+            await server.serve(sockets=[listener])
+        finally:
+            watching.cancel()
+
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    logger.warning("serving %s on http://%s:%d", options.model_names[0], shown, port)
+    try:
+        asyncio.run(main())
+    finally:
+        listener.close()
+    died = engine.dead is not None
+    engine.close()
+    return EXIT_ENGINE_DEAD if died else 0
+
+
+async def _watch(engine: AsyncEngine, server: uvicorn.Server) -> None:
+    """Ends the server soon after the engine has died."""
+    while engine.dead is None:
+        await asyncio.sleep(0.2)
+    # Long enough for /ready to be seen and for clients to be told.
+    await asyncio.sleep(0.5)
+    server.should_exit = True
