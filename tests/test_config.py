@@ -187,6 +187,68 @@ def test_other_architectures_are_refused(config: Config, found: str) -> None:
         ModelConfig.from_dict(config)
 
 
+STRANGE: list[Any] = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2**31,
+    2**63,
+    10**400,
+    0.0,
+    -0.5,
+    1e308,
+    float("inf"),
+    float("nan"),
+    "",
+    "yarn",
+    "\x1b[2J",
+    [],
+    [1],
+    [[]],
+    {},
+    {"type": "yarn"},
+    {"rope_type": None, "factor": None},
+    {"quant_method": ["fp8"]},
+]
+
+
+@pytest.mark.parametrize("base", ["v2", "v3"])
+def test_strange_values_are_refused_or_make_a_usable_config(base: str) -> None:
+    published = CONFIGS[base]
+    sections: list[tuple[str, Config]] = [("", published)]
+    sections.append(("rope_scaling", published["rope_scaling"]))
+    refused = accepted = 0
+    for section, keys in sections:
+        for key in keys:
+            for value in STRANGE:
+                config = {**published}
+                if section:
+                    config[section] = {**published[section], key: value}
+                else:
+                    config[key] = value
+                problem: ConfigError | None = None
+                try:
+                    found = ModelConfig.from_dict(config)
+                except ConfigError as error:
+                    problem = error
+                if problem is not None:
+                    refused += 1
+                    assert str(problem).replace("\n", "").isprintable()
+                    continue
+                accepted += 1
+                assert math.isfinite(found.softmax_scale)
+                assert torch.isfinite(rope_table(found.rope, 3)).all()
+                assert (
+                    0 < found.router.top_k <= found.n_routed_experts or not found.n_routed_experts
+                )
+                assert found.is_moe_layer(10**6) in (True, False)
+    assert refused > 300
+    assert accepted > 300
+
+
 HOSTILE: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "not valid JSON"),
     "list": (b"[]", "expected a JSON object, found a list"),

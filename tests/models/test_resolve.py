@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import (
     CONFIGS,
     FP8_SECTION,
@@ -384,6 +385,41 @@ def test_multi_token_prediction_layer_may_be_dropped(tmp_path: Path) -> None:
     del tensors["model.layers.3.enorm.weight"]
     (problem,) = _problems(_sparse(config, tensors, tmp_path / "partial"))
     assert problem.startswith("model.layers.3.enorm.weight: missing")
+
+
+@pytest.mark.parametrize("family", ["V2", "V3"])
+def test_files_that_transformers_saves(tmp_path: Path, family: str) -> None:
+    import transformers
+
+    tiny = ModelConfig.from_dict(TINY)
+    options = {
+        "vocab_size": tiny.vocab_size,
+        "hidden_size": tiny.hidden_size,
+        "intermediate_size": tiny.intermediate_size,
+        "moe_intermediate_size": tiny.moe_intermediate_size,
+        "num_hidden_layers": tiny.num_hidden_layers,
+        "num_attention_heads": tiny.num_attention_heads,
+        "num_key_value_heads": tiny.num_attention_heads,
+        "n_routed_experts": tiny.n_routed_experts,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": None,
+        "kv_lora_rank": tiny.kv_lora_rank,
+        "qk_nope_head_dim": tiny.qk_nope_head_dim,
+        "qk_rope_head_dim": tiny.qk_rope_head_dim,
+        "v_head_dim": tiny.v_head_dim,
+    }
+    if family == "V2":
+        options["topk_method"] = "group_limited_greedy"
+    config = getattr(transformers, f"Deepseek{family}Config")(**options)
+    model = getattr(transformers, f"Deepseek{family}ForCausalLM")(config)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    plan = _resolve(tmp_path)
+    assert plan.parameters() == sum(p.numel() for p in model.state_dict().values())
+    assert plan.warnings == ()
 
 
 def test_inverse_frequencies_are_ignored(tmp_path: Path) -> None:
