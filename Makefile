@@ -61,18 +61,18 @@ $(STAMPS)/torch: constraints.txt tools/install_torch.sh
 	@touch $@
 
 $(STAMPS)/build: $(STAMPS)/torch pyproject.toml
-	$(PIP) install --quiet --upgrade $$($(BIN)/python tools/build_requires.py)
+	$(PIP) install -qq --upgrade $$($(BIN)/python tools/build_requires.py)
 	@touch $@
 
 # The library is built in build/, so that a second install compiles what changed and nothing else.
 $(STAMPS)/package: $(STAMPS)/build $(PACKAGE)
-	$(PIP) install --quiet --no-build-isolation .
+	$(PIP) install -qq --no-build-isolation .
 	@touch $@
 
 $(STAMPS)/test: $(STAMPS)/package
-	$(PIP) install --quiet "latentcore[test]"
+	$(PIP) install -qq "latentcore[test]"
 	@touch $@
 
 $(STAMPS)/dev: $(STAMPS)/package
-	$(PIP) install --quiet "latentcore[dev]"
+	$(PIP) install -qq "latentcore[dev]"
 	@touch $@

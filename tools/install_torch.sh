@@ -5,7 +5,7 @@ set -euo pipefail
 
 python=$1
 index=$2
-pip=("$python" -m pip --disable-pip-version-check install --quiet)
+pip=("$python" -m pip --disable-pip-version-check install -qq)
 version=$(sed -n 's/^torch==//p' "$(dirname "$0")/../constraints.txt")
 
 if [ -n "$index" ]; then
