@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001  the special tokens are spelled with full-width bars
 """The chat format: special tokens, a renderer and the Jinja template that must agree with it.
 
 The format is DeepSeek-V3.1's: turns are marked by special tokens, the assistant marker is followed
@@ -83,7 +84,7 @@ TEMPLATE = """\
 {%- elif message['role'] == 'assistant' -%}
 {%- if state.expect_reply -%}
 {{- '<｜Assistant｜>' -}}
-{%- if message['prefix'] and thinking -%}{{- '<think>' -}}{%- else -%}{{- '</think>' -}}{%- endif -%}
+{{- '<think>' if message['prefix'] and thinking else '</think>' -}}
 {%- endif -%}
 {%- set state.expect_reply = false -%}
 {%- set state.after_tool = false -%}
@@ -127,7 +128,7 @@ def chat_template() -> str:
 
 @dataclass
 class Chat:
-    """One conversation. `thoughts` is the reasoning of the last assistant turn, None: thinking off."""
+    """One conversation. `thoughts`: the last assistant turn's reasoning, None: thinking off."""
 
     messages: list[dict[str, Any]]
     tools: Sequence[dict[str, Any]] = ()

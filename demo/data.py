@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .chat import ASSISTANT, EOS, OUTPUT_BEGIN, OUTPUT_END, TOKEN_IDS
-from .mixture import TEXT_SHARES, Mixture, sample
+from demo.chat import ASSISTANT, EOS, OUTPUT_BEGIN, OUTPUT_END, TOKEN_IDS
+from demo.mixture import TEXT_SHARES, Mixture, sample
 
 TOKENS = 131072
 BATCHES = 16

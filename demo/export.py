@@ -1,6 +1,6 @@
 """Writes the checkpoint in Hugging Face form: bf16 safetensors, config, generation config.
 
-    python -m demo.export WEIGHTS.pt OUT_DIR
+python -m demo.export WEIGHTS.pt OUT_DIR
 """
 
 import argparse
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .model import Config
+from demo.model import Config
 
 GENERATION = {
     "_from_model_config": False,

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
-from .chat import BOS, EOS, Chat, render
-from .generators import arithmetic, smalltalk, stories, tools
-from .generators.facts import FACTS, Fact, fact_chat, gloss_facts
-from .split import held_out
+from demo.chat import BOS, EOS, Chat, render
+from demo.generators import arithmetic, smalltalk, stories, tools
+from demo.generators.facts import FACTS, Fact, fact_chat, gloss_facts
+from demo.split import held_out
 
 #: share of documents of each kind (not of tokens)
 SHARES: dict[str, float] = {
@@ -44,7 +44,9 @@ class Mixture:
         self.texts: dict[str, list[str]] = {source: [] for source in TEXT_SHARES}
         self.held_texts: dict[str, list[str]] = {source: [] for source in TEXT_SHARES}
         self.about: list[tuple[str, str]] = []
-        for line in lzma.open(data_dir / "text.jsonl.xz", "rt", encoding="utf-8"):
+        with lzma.open(data_dir / "text.jsonl.xz", "rt", encoding="utf-8") as file:
+            lines = file.readlines()
+        for line in lines:
             document = json.loads(line)
             text, source = document["text"], document["source"]
             if source == "wiki":
@@ -114,7 +116,16 @@ class Mixture:
         if kind == "about":
             title, answer = rng.choice(self.about)
             return Chat.ask(rng.choice(ABOUT_FORMS).format(t=title), answer, kind="about")
-        kinds = ("story", "addition", "arithmetic", "sorting", "facts", "facts", "facts", "smalltalk")
+        kinds = (
+            "story",
+            "addition",
+            "arithmetic",
+            "sorting",
+            "facts",
+            "facts",
+            "facts",
+            "smalltalk",
+        )
         size = rng.choices((2, 3, 4, 6, 9, 14), (8, 6, 4, 2, 1, 1))[0]
         if kind == "long":
             size = rng.randint(14, 34)

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,11 @@ def yarn_frequencies(c: Config) -> Tensor:
     plain = c.rope_theta ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
 
     def dim_of(rotations: float) -> float:
-        return dim * math.log(c.rope_original / (rotations * 2 * math.pi)) / (
-            2 * math.log(c.rope_theta)
-        )  # fmt: skip
+        return (
+            dim
+            * math.log(c.rope_original / (rotations * 2 * math.pi))
+            / (2 * math.log(c.rope_theta))
+        )
 
     low = max(math.floor(dim_of(c.rope_beta_fast)), 0)
     high = min(math.ceil(dim_of(c.rope_beta_slow)), dim - 1)
@@ -139,7 +141,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.randn(outputs, inputs) * std)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return functional.linear(x, self.weight.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -160,13 +162,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, batch: Packed, scale: float) -> Tens
     """Causal attention inside each document. q, k, v [T, heads, width] -> [T, heads, width]."""
     if q.is_cuda:
         return torch.ops.aten._flash_attention_forward(
-            q, k, v, batch.bounds, batch.bounds, batch.longest, batch.longest, 0.0, True, False,
+            q,
+            k,
+            v,
+            batch.bounds,
+            batch.bounds,
+            batch.longest,
+            batch.longest,
+            0.0,
+            True,
+            False,
             scale=scale,
-        )[0]  # fmt: skip
+        )[0]
     same = batch.segment[:, None] == batch.segment[None, :]
     mask = same & torch.ones_like(same).tril()
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)[0].transpose(0, 1)
+    return functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)[0].transpose(0, 1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -218,7 +229,7 @@ class Mlp(nn.Module):
         self.down_proj = Linear(width, hidden, out_std)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class _Dispatch(torch.autograd.Function):
@@ -266,7 +277,7 @@ class Gate(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Experts i64[T, K] and their weights f32[T, K]."""
         c = self.c
-        scores = F.linear(x.float(), self.weight.float()).sigmoid()
+        scores = functional.linear(x.float(), self.weight.float()).sigmoid()
         with torch.no_grad():
             choice = scores + self.e_score_correction_bias
             groups = choice.view(-1, c.n_group, c.n_routed_experts // c.n_group)
@@ -317,7 +328,7 @@ class Experts(nn.Module):
         rows = _Dispatch.apply(x, entry_of_slot // k, slot_of_entry)
         gate_up = self.gate_up.to(x.dtype).transpose(1, 2)
         gate, up = torch._grouped_mm(rows, gate_up, offs=offsets).chunk(2, -1)
-        inner = F.silu(gate) * up
+        inner = functional.silu(gate) * up
         y = torch._grouped_mm(inner, self.down.to(x.dtype).transpose(1, 2), offs=offsets)
         entry = _Combine.apply(y, slot_of_entry, entry_of_slot, real)
         out = (entry * weights.to(x.dtype)[..., None]).sum(1)
@@ -411,7 +422,7 @@ class DemoModel(nn.Module):
         """
         angles = batch.positions[:, None].float() * self.frequencies
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]
-        embedded = F.embedding(batch.tokens, self.embed_tokens).to(dtype)
+        embedded = functional.embedding(batch.tokens, self.embed_tokens).to(dtype)
         x, loads = embedded, []
         for layer in self.layers:
             x, load = layer(x, batch, cos, sin)
@@ -429,8 +440,8 @@ class DemoModel(nn.Module):
 
 def head_loss(states: Tensor, head: Tensor, wanted: Tensor, valid: Tensor) -> Tensor:
     """Mean cross-entropy over the valid positions. states [T, H], head f32[V, H]."""
-    logits = F.linear(states, head.to(states.dtype)).float()
-    each = F.cross_entropy(logits, wanted, reduction="none")
+    logits = functional.linear(states, head.to(states.dtype)).float()
+    each = functional.cross_entropy(logits, wanted, reduction="none")
     return (each * valid).sum() / valid.sum().clamp(min=1)
 
 

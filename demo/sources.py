@@ -95,7 +95,7 @@ CLEAN = re.compile(r"^[\x20-\x7e\n]+$")
 
 
 def chitchat(root: Path) -> Iterator[dict[str, str]]:
-    """Human small talk as a transcript. The chat markers are left to documents of our own making."""
+    """Human small talk as a transcript, without chat markers."""
     data = json.loads((root / "chitchat/chitchat_dataset/dataset.json").read_text())
     for key in sorted(data):
         turns = [" ".join(m["text"].strip() for m in turn) for turn in data[key]["messages"]]

@@ -13,8 +13,8 @@ from random import Random
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 
-from .chat import ADDED_TOKENS, BOS, EOS, PAD, chat_template
-from .mixture import TEXT_SHARES, Mixture, sample
+from demo.chat import ADDED_TOKENS, BOS, EOS, PAD, chat_template
+from demo.mixture import TEXT_SHARES, Mixture, sample
 
 VOCAB_SIZE = 4608
 MAX_LENGTH = 4096

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data import TOKENS, batches
-from .model import Config, DemoModel, Packed, head_loss, loss
+from demo.data import TOKENS, batches
+from demo.model import Config, DemoModel, Packed, head_loss, loss
 
 MTP_WEIGHT = 0.2
 WARMUP_STEPS = 150
@@ -26,7 +26,7 @@ WEIGHT_DECAY = 0.05
 
 
 def orthogonalize(g: Tensor) -> Tensor:
-    """The nearest (roughly) orthogonal matrices of g [..., rows, cols], by Newton-Schulz in bf16."""
+    """Roughly the nearest orthogonal matrices of g [..., rows, cols], by Newton-Schulz."""
     x = g.bfloat16() if g.is_cuda else g
     wide = x.size(-2) > x.size(-1)
     x = x.mT if wide else x
@@ -153,21 +153,33 @@ def run(args: argparse.Namespace) -> None:
         if step % args.log_every == 0 or done >= 1:
             share = total / total.sum(1, keepdim=True) * config.n_routed_experts
             write(
-                step=step, tokens=seen, loss=round(main.item(), 4), mtp=round(ahead.item(), 4),
-                lr=args.lr * factor, norm=round(float(norm), 3), seconds=round(time.time() - start, 1),
+                step=step,
+                tokens=seen,
+                loss=round(main.item(), 4),
+                mtp=round(ahead.item(), 4),
+                lr=args.lr * factor,
+                norm=round(float(norm), 3),
+                seconds=round(time.time() - start, 1),
                 load_max=[round(x, 2) for x in share.amax(1).tolist()],
                 load_min=[round(x, 2) for x in share.amin(1).tolist()],
                 longest=batch.longest,
-            )  # fmt: skip
+            )
         if time.time() - saved > 120 or done >= 1:
-            torch.save({k: v.bfloat16() if v.ndim > 1 else v for k, v in model.state_dict().items()},
-                       args.out / "weights.tmp")  # fmt: skip
+            torch.save(
+                {k: v.bfloat16() if v.ndim > 1 else v for k, v in model.state_dict().items()},
+                args.out / "weights.tmp",
+            )
             (args.out / "weights.tmp").rename(args.out / "weights.pt")
             saved = time.time()
         if done >= 1:
             break
-    write(finished=True, steps=step, tokens=seen, minutes=round((time.time() - start) / 60, 2),
-          load=(total / total.sum(1, keepdim=True) * config.n_routed_experts).tolist())  # fmt: skip
+    write(
+        finished=True,
+        steps=step,
+        tokens=seen,
+        minutes=round((time.time() - start) / 60, 2),
+        load=(total / total.sum(1, keepdim=True) * config.n_routed_experts).tolist(),
+    )
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
+# ruff: noqa: ISC004  questions of several sentences
 """Arithmetic and sorting problems, with and without a `<think>` trace that leads to the answer."""
 
 from random import Random
 
-from ..chat import Chat
-from .lexicon import NAMES, SORT_WORDS, THINGS
+from demo.chat import Chat
+from demo.generators.lexicon import NAMES, SORT_WORDS, THINGS
 
 ADD_FORMS = (
     "What is {a} + {b}?",
@@ -88,7 +89,9 @@ def subtract_trace(a: int, b: int) -> str:
         taken = f" - {borrow}" if borrow else ""
         value = x - y - borrow
         if value < 0:
-            lines_tail = f"{x} - {y}{taken} is below 0, borrow: {x + 10} - {y}{taken} = {value + 10}"
+            lines_tail = (
+                f"{x} - {y}{taken} is below 0, borrow: {x + 10} - {y}{taken} = {value + 10}"
+            )
             value, borrow = value + 10, 1
         else:
             lines_tail = f"{x} - {y}{taken} = {value}"

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  tables of sentences, one a line
 """Simple facts with many wordings of the question.
 
 A fact is (key, wordings, answer sentence, the word or words a checker looks for). Some
@@ -9,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from ..chat import Chat
-from ..split import held_out
+from demo.chat import Chat
+from demo.split import held_out
 
 CAPITALS = """
 France:Paris Germany:Berlin Spain:Madrid Italy:Rome Portugal:Lisbon Austria:Vienna Belgium:Brussels
@@ -152,12 +153,36 @@ the_printing_press:Johannes_Gutenberg dynamite:Alfred_Nobel penicillin:Alexander
 the_World_Wide_Web:Tim_Berners-Lee radium:Marie_Curie gravity:Isaac_Newton Python:Guido_van_Rossum
 Linux:Linus_Torvalds the_theory_of_relativity:Albert_Einstein
 """
-MONTHS = (
-    "January February March April May June July August September October November December"
-).split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-PLANETS = "Mercury Venus Earth Mars Jupiter Saturn Uranus Neptune".split()
-ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
+MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+PLANETS = ["Mercury", "Venus", "Earth", "Mars", "Jupiter", "Saturn", "Uranus", "Neptune"]
+ORDINALS = [
+    "first",
+    "second",
+    "third",
+    "fourth",
+    "fifth",
+    "sixth",
+    "seventh",
+    "eighth",
+    "ninth",
+    "tenth",
+    "eleventh",
+    "twelfth",
+]
 
 SINGLE = """
 What is the largest planet in the solar system?|The largest planet in the solar system is Jupiter.|Jupiter
@@ -553,14 +578,24 @@ def _build() -> list[Fact]:
     table(
         "painter",
         PAINTERS,
-        ("Who painted {k}?", "Which artist painted {k}?", "Who is the painter of {k}?",
-         "{k} was painted by whom?"),
+        (
+            "Who painted {k}?",
+            "Which artist painted {k}?",
+            "Who is the painter of {k}?",
+            "{k} was painted by whom?",
+        ),
         "{k} was painted by {v}.",
     )
     for key, value in _pairs(INVENTORS):
-        verb = {"the light bulb": "invented", "the telephone": "invented", "dynamite": "invented",
-                "the printing press": "invented", "the World Wide Web": "invented",
-                "Python": "created", "Linux": "created"}.get(key, "discovered")  # fmt: skip
+        verb = {
+            "the light bulb": "invented",
+            "the telephone": "invented",
+            "dynamite": "invented",
+            "the printing press": "invented",
+            "the World Wide Web": "invented",
+            "Python": "created",
+            "Linux": "created",
+        }.get(key, "discovered")
         facts.append(
             Fact(
                 f"inventor/{key}",

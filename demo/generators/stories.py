@@ -1,3 +1,4 @@
+# ruff: noqa: E501  tables of sentences, one a line
 """A seeded story grammar: a hero with a wish, a problem, an attempt, a helper, an ending.
 
 Parts agree with each other: names, pronouns, the place, the lost or wanted thing and the lesson
@@ -7,9 +8,9 @@ are drawn once a story and carried through it.
 from dataclasses import dataclass
 from random import Random
 
-from ..chat import Chat
-from .facts import a
-from .lexicon import ANIMALS, BEINGS, NAMES
+from demo.chat import Chat
+from demo.generators.facts import a
+from demo.generators.lexicon import ANIMALS, BEINGS, NAMES
 
 PLACES: tuple[tuple[str, str, str], ...] = (
     # where, a feature of it, what grows or stands there
@@ -29,32 +30,82 @@ PLACES: tuple[tuple[str, str, str], ...] = (
     ("in a warm jungle", "the hanging bridge", "huge leaves"),
 )
 TRAITS: tuple[tuple[str, str], ...] = (
-    ("brave", "bravery"), ("shy", "quiet heart"), ("curious", "curiosity"), ("clever", "wit"),
-    ("kind", "kindness"), ("proud", "pride"), ("cheerful", "good mood"), ("stubborn", "stubbornness"),
-    ("gentle", "gentle way"), ("lazy", "long naps"), ("careful", "careful steps"),
-    ("playful", "games"), ("patient", "patience"), ("hungry", "appetite"), ("small", "small size"),
-    ("young", "big dreams"), ("old", "long memory"), ("lonely", "sad songs"),
-)  # fmt: skip
+    ("brave", "bravery"),
+    ("shy", "quiet heart"),
+    ("curious", "curiosity"),
+    ("clever", "wit"),
+    ("kind", "kindness"),
+    ("proud", "pride"),
+    ("cheerful", "good mood"),
+    ("stubborn", "stubbornness"),
+    ("gentle", "gentle way"),
+    ("lazy", "long naps"),
+    ("careful", "careful steps"),
+    ("playful", "games"),
+    ("patient", "patience"),
+    ("hungry", "appetite"),
+    ("small", "small size"),
+    ("young", "big dreams"),
+    ("old", "long memory"),
+    ("lonely", "sad songs"),
+)
 TREASURES = (
-    "silver key", "red scarf", "golden bell", "blue lantern", "old map", "wooden flute", "round mirror",
-    "little drum", "green kite", "warm blanket", "shiny coin", "paper boat", "glass marble",
-    "brass compass", "picture book", "straw hat", "music box", "copper ring",
-)  # fmt: skip
+    "silver key",
+    "red scarf",
+    "golden bell",
+    "blue lantern",
+    "old map",
+    "wooden flute",
+    "round mirror",
+    "little drum",
+    "green kite",
+    "warm blanket",
+    "shiny coin",
+    "paper boat",
+    "glass marble",
+    "brass compass",
+    "picture book",
+    "straw hat",
+    "music box",
+    "copper ring",
+)
 SPOTS = (
-    "under a pile of leaves", "behind {feature}", "inside a hollow log", "next to a muddy puddle",
-    "between two roots", "on top of {feature}", "deep in the grass", "in a bird's nest",
-    "under a loose stone", "at the bottom of a basket", "in the shade of {feature}",
-)  # fmt: skip
+    "under a pile of leaves",
+    "behind {feature}",
+    "inside a hollow log",
+    "next to a muddy puddle",
+    "between two roots",
+    "on top of {feature}",
+    "deep in the grass",
+    "in a bird's nest",
+    "under a loose stone",
+    "at the bottom of a basket",
+    "in the shade of {feature}",
+)
 WEATHER = (
-    "The sun was shining and the air smelled of summer.", "A soft rain was falling.",
-    "The wind was cold that day.", "It was a bright and clear morning.",
-    "Fog lay over everything.", "The first snow had just fallen.", "It was the hottest day of the year.",
-    "Clouds were gathering in the west.", "The stars were still out.", "A rainbow stood in the sky.",
-)  # fmt: skip
+    "The sun was shining and the air smelled of summer.",
+    "A soft rain was falling.",
+    "The wind was cold that day.",
+    "It was a bright and clear morning.",
+    "Fog lay over everything.",
+    "The first snow had just fallen.",
+    "It was the hottest day of the year.",
+    "Clouds were gathering in the west.",
+    "The stars were still out.",
+    "A rainbow stood in the sky.",
+)
 FOODS = (
-    "warm soup", "honey cakes", "fresh berries", "a big apple pie", "roasted nuts", "sweet bread",
-    "pancakes", "a bowl of cherries", "carrot stew", "cheese and plums",
-)  # fmt: skip
+    "warm soup",
+    "honey cakes",
+    "fresh berries",
+    "a big apple pie",
+    "roasted nuts",
+    "sweet bread",
+    "pancakes",
+    "a bowl of cherries",
+    "carrot stew",
+    "cheese and plums",
+)
 MORALS = {
     "help": (
         "It is easier to find a way together than alone.",
@@ -111,8 +162,28 @@ class Hero:
 
 
 FEMALE = {
-    *"Anna Clara Ella Grace Ivy Kate Mia Olive Rosa Tina Lily Nora Ruby Zoe Emma Sara Aisha Yuki Maya".split(),
-    *"Priya Elena Sofia Ingrid Amara Mei Nadia Greta Hannah".split(),
+    *[
+        "Anna",
+        "Clara",
+        "Ella",
+        "Grace",
+        "Ivy",
+        "Kate",
+        "Mia",
+        "Olive",
+        "Rosa",
+        "Tina",
+        "Lily",
+        "Nora",
+        "Ruby",
+        "Zoe",
+        "Emma",
+        "Sara",
+        "Aisha",
+        "Yuki",
+        "Maya",
+    ],
+    *["Priya", "Elena", "Sofia", "Ingrid", "Amara", "Mei", "Nadia", "Greta", "Hannah"],
 }
 
 
@@ -147,12 +218,31 @@ class World:
         """One of the sentences, with the world's words filled in."""
         h, f = self.h, self.f
         return self.rng.choice(options).format(
-            h=h.name, hk=h.kind, ahk=a(h.kind), he=h.they, He=h.They, him=h.them, his=h.their,
-            His=h.Their, f=f.name, fk=f.kind, afk=a(f.kind), she=f.they, She=f.They, her=f.them,
-            hers=f.their, where=self.where, feature=self.feature, Feature=self.feature.capitalize(),
-            plants=self.plants, thing=self.thing, athing=a(self.thing), food=self.food,
-            trait=self.trait, atrait=a(self.trait),
-        )  # fmt: skip
+            h=h.name,
+            hk=h.kind,
+            ahk=a(h.kind),
+            he=h.they,
+            He=h.They,
+            him=h.them,
+            his=h.their,
+            His=h.Their,
+            f=f.name,
+            fk=f.kind,
+            afk=a(f.kind),
+            she=f.they,
+            She=f.They,
+            her=f.them,
+            hers=f.their,
+            where=self.where,
+            feature=self.feature,
+            Feature=self.feature.capitalize(),
+            plants=self.plants,
+            thing=self.thing,
+            athing=a(self.thing),
+            food=self.food,
+            trait=self.trait,
+            atrait=a(self.trait),
+        )
 
 
 def opening(w: World) -> list[str]:
@@ -211,7 +301,11 @@ def lost(w: World) -> tuple[list[str], str]:
             "First {he} searched " + wrong + ", but found nothing.",
             "{He} looked everywhere, even " + wrong + ".",
         ),
-        w.pick("{He} sat down and began to cry.", "{He} felt very sad.", "{He} did not know what to do."),
+        w.pick(
+            "{He} sat down and began to cry.",
+            "{He} felt very sad.",
+            "{He} did not know what to do.",
+        ),
         meeting(w),
         w.pick(
             '"Why are you so sad?" asked {f}. "I have lost my {thing}," said {h}.',
@@ -263,7 +357,7 @@ def learn(w: World) -> tuple[list[str], str]:
         w.pick(
             f"More than anything, {{h}} wanted to learn to {skill}.",
             f"{{h}} had one big wish: {{he}} wanted to {skill}.",
-            f"One day {{h}} said, \"I want to learn to {skill}.\"",
+            f'One day {{h}} said, "I want to learn to {skill}."',
         ),
         w.pick(
             f"{{He}} tried it {tool}, but {hard}.",
@@ -332,7 +426,7 @@ def share(w: World) -> tuple[list[str], str]:
             "Then a storm came and blew the roof off {h}'s house. {f} was the first who came to help.",
         ),
         w.pick(
-            "So {he} ran after {f} and called, \"Come back, let us eat together!\"",
+            'So {he} ran after {f} and called, "Come back, let us eat together!"',
             "The next morning {h} went to {f} and brought half of the food.",
             '"I am sorry," {h} told {f}. "Please eat with me."',
         ),
@@ -483,14 +577,19 @@ def kindness(w: World) -> tuple[list[str], str]:
             '"Do not be afraid," said {h}. "I will help you."',
             "{h} was late already, but {he} did not think twice.",
         ),
-        w.pick(f"{{He}} {free}, and {{f}} was free." if "way home" not in trouble
-               else f"{{He}} {free}, and {{f}} came home safely."),
+        w.pick(
+            f"{{He}} {free}, and {{f}} was free."
+            if "way home" not in trouble
+            else f"{{He}} {free}, and {{f}} came home safely."
+        ),
         w.pick(
             '"One day I will help you too," promised {f}.',
             '"I will never forget this," said {f}.',
             "{f} thanked {him} with tears in {hers} eyes.",
         ),
-        w.pick("Many weeks went by.", "Summer passed and winter came.", "{h} soon forgot about it."),
+        w.pick(
+            "Many weeks went by.", "Summer passed and winter came.", "{h} soon forgot about it."
+        ),
         w.pick(f"Then, one night, {danger}.", f"But one day {danger}."),
         w.pick(f"And who came? It was {{f}}, who {rescue}.", f"{{f}} heard it and {rescue}."),
         w.pick(
@@ -517,7 +616,7 @@ def journey(w: World) -> tuple[list[str], str]:
         w.pick(
             f"One day {{h}} wanted to see {goal}.",
             f"{{h}} had always dreamed of {goal}.",
-            f"\"I am going to find {goal},\" said {{h}} one morning.",
+            f'"I am going to find {goal}," said {{h}} one morning.',
         ),
         w.pick(
             "{He} packed {athing} and some {food} and set off.",
@@ -563,7 +662,11 @@ CLOSINGS = (
 def title(w: World) -> str:
     """A title that names the hero."""
     return w.pick(
-        "{h} the {hk}", "The {trait} {hk}", "{h} and {f}", "The {hk} and the {fk}", "{h} and the {thing}"
+        "{h} the {hk}",
+        "The {trait} {hk}",
+        "{h} and {f}",
+        "The {hk} and the {fk}",
+        "{h} and the {thing}",
     )
 
 
@@ -573,9 +676,16 @@ def story(rng: Random, hero_kind: str, friend_kind: str) -> tuple[str, World]:
     where, feature, plants = rng.choice(PLACES)
     trait, _ = rng.choice(TRAITS)
     w = World(
-        rng, hero(rng, hero_kind, taken), hero(rng, friend_kind, taken), where, feature, plants,
-        trait, rng.choice(TREASURES), rng.choice(FOODS),
-    )  # fmt: skip
+        rng,
+        hero(rng, hero_kind, taken),
+        hero(rng, friend_kind, taken),
+        where,
+        feature,
+        plants,
+        trait,
+        rng.choice(TREASURES),
+        rng.choice(FOODS),
+    )
     middle, moral = rng.choice(PLOTS)(w)
     sentences = opening(w)
     paragraphs = [" ".join(sentences)]

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from ..chat import Chat
-from .lexicon import ANIMALS, CITIES, NAMES, THINGS
+from demo.chat import Chat
+from demo.generators.lexicon import ANIMALS, CITIES, NAMES, THINGS
 
 Arguments = dict[str, Any]
 
@@ -49,8 +49,9 @@ class Tool:
 
 def _weather(rng: Random) -> Request:
     city = rng.choice(CITIES)
-    degrees, sky = rng.randint(-10, 38), rng.choice(
-        ("sunny", "cloudy", "rainy", "windy", "foggy", "clear", "snowy", "stormy")
+    degrees, sky = (
+        rng.randint(-10, 38),
+        rng.choice(("sunny", "cloudy", "rainy", "windy", "foggy", "clear", "snowy", "stormy")),
     )
     question = rng.choice(
         (
@@ -111,11 +112,19 @@ def _calculate(rng: Random) -> Request:
 
 
 UNITS = (
-    ("miles", "kilometers", 1.609), ("kilometers", "miles", 0.621), ("pounds", "kilograms", 0.454),
-    ("kilograms", "pounds", 2.205), ("inches", "centimeters", 2.54), ("feet", "meters", 0.305),
-    ("meters", "feet", 3.281), ("liters", "gallons", 0.264), ("gallons", "liters", 3.785),
-    ("ounces", "grams", 28.35), ("grams", "ounces", 0.035), ("yards", "meters", 0.914),
-)  # fmt: skip
+    ("miles", "kilometers", 1.609),
+    ("kilometers", "miles", 0.621),
+    ("pounds", "kilograms", 0.454),
+    ("kilograms", "pounds", 2.205),
+    ("inches", "centimeters", 2.54),
+    ("feet", "meters", 0.305),
+    ("meters", "feet", 3.281),
+    ("liters", "gallons", 0.264),
+    ("gallons", "liters", 3.785),
+    ("ounces", "grams", 28.35),
+    ("grams", "ounces", 0.035),
+    ("yards", "meters", 0.914),
+)
 
 
 def _convert(rng: Random) -> Request:
@@ -132,19 +141,45 @@ def _convert(rng: Random) -> Request:
         )
     )
     return Request(
-        question, (value, source, target), {"result": result}, f"{value} {source} are {result} {target}."
+        question,
+        (value, source, target),
+        {"result": result},
+        f"{value} {source} are {result} {target}.",
     )
 
 
 TOPICS = (
-    "the history of chess", "how to grow tomatoes", "the best pizza recipe", "electric cars",
-    "the news about space travel", "cheap flights to Rome", "how volcanoes form", "jazz music",
-    "the latest football results", "solar panels", "learning to play the piano", "old castles",
-    "how to knit a scarf", "deep sea fish", "the moon landing", "wooden toys", "city parks",
-    "how to repair a bike", "open source licenses", "medieval painting", "good books for children",
-    "green tea", "the price of gold", "winter boots", "hiking trails in Norway", "coffee shops in Oslo",
-    "how to train a puppy", "language courses", "the tallest buildings", "train travel in Japan",
-)  # fmt: skip
+    "the history of chess",
+    "how to grow tomatoes",
+    "the best pizza recipe",
+    "electric cars",
+    "the news about space travel",
+    "cheap flights to Rome",
+    "how volcanoes form",
+    "jazz music",
+    "the latest football results",
+    "solar panels",
+    "learning to play the piano",
+    "old castles",
+    "how to knit a scarf",
+    "deep sea fish",
+    "the moon landing",
+    "wooden toys",
+    "city parks",
+    "how to repair a bike",
+    "open source licenses",
+    "medieval painting",
+    "good books for children",
+    "green tea",
+    "the price of gold",
+    "winter boots",
+    "hiking trails in Norway",
+    "coffee shops in Oslo",
+    "how to train a puppy",
+    "language courses",
+    "the tallest buildings",
+    "train travel in Japan",
+)
 
 
 def _topic(rng: Random) -> str:
@@ -200,14 +235,41 @@ def _timer(rng: Random) -> Request:
 
 
 PHRASES = (
-    "good morning", "thank you", "where is the station", "I am hungry", "see you tomorrow",
-    "how much is it", "my name is Tom", "I love you", "good night", "the book is on the table",
-    "I would like a coffee", "it is raining", "happy birthday", "please help me", "what time is it",
-    "the cat is black", "we are friends", "I don't understand", "have a nice day", "open the door",
-)  # fmt: skip
-TONGUES = (
-    "French German Spanish Italian Portuguese Dutch Swedish Polish Greek Turkish Japanese Finnish"
-).split()
+    "good morning",
+    "thank you",
+    "where is the station",
+    "I am hungry",
+    "see you tomorrow",
+    "how much is it",
+    "my name is Tom",
+    "I love you",
+    "good night",
+    "the book is on the table",
+    "I would like a coffee",
+    "it is raining",
+    "happy birthday",
+    "please help me",
+    "what time is it",
+    "the cat is black",
+    "we are friends",
+    "I don't understand",
+    "have a nice day",
+    "open the door",
+)
+TONGUES = [
+    "French",
+    "German",
+    "Spanish",
+    "Italian",
+    "Portuguese",
+    "Dutch",
+    "Swedish",
+    "Polish",
+    "Greek",
+    "Turkish",
+    "Japanese",
+    "Finnish",
+]
 
 
 def _translate(rng: Random) -> Request:
@@ -227,10 +289,21 @@ def _translate(rng: Random) -> Request:
 
 
 MESSAGES = (
-    "I will be late", "dinner is ready", "call me back", "the meeting is at ten", "I am on my way",
-    "happy birthday", "see you at the station", "bring some milk", "the keys are on the table",
-    "good luck", "I miss you", "we won the game", "the train is late", "thanks for your help",
-)  # fmt: skip
+    "I will be late",
+    "dinner is ready",
+    "call me back",
+    "the meeting is at ten",
+    "I am on my way",
+    "happy birthday",
+    "see you at the station",
+    "bring some milk",
+    "the keys are on the table",
+    "good luck",
+    "I miss you",
+    "we won the game",
+    "the train is late",
+    "thanks for your help",
+)
 
 
 def _message(rng: Random) -> Request:
@@ -248,9 +321,19 @@ def _message(rng: Random) -> Request:
 
 
 SONGS = (
-    "Yellow Moon", "River Song", "Dancing Leaves", "Winter Waltz", "Blue Train", "Morning Light",
-    "Old Friends", "Summer Rain", "Little Star", "Golden Road", "Paper Planes", "City Lights",
-)  # fmt: skip
+    "Yellow Moon",
+    "River Song",
+    "Dancing Leaves",
+    "Winter Waltz",
+    "Blue Train",
+    "Morning Light",
+    "Old Friends",
+    "Summer Rain",
+    "Little Star",
+    "Golden Road",
+    "Paper Planes",
+    "City Lights",
+)
 
 
 def _music(rng: Random) -> Request:
@@ -269,8 +352,30 @@ def _music(rng: Random) -> Request:
 
 def _shopping(rng: Random) -> Request:
     item = rng.choice(
-        "milk bread butter eggs cheese rice pasta sugar salt tea coffee honey soap flour apples "
-        "bananas tomatoes potatoes onions carrots yogurt juice".split()
+        [
+            "milk",
+            "bread",
+            "butter",
+            "eggs",
+            "cheese",
+            "rice",
+            "pasta",
+            "sugar",
+            "salt",
+            "tea",
+            "coffee",
+            "honey",
+            "soap",
+            "flour",
+            "apples",
+            "bananas",
+            "tomatoes",
+            "potatoes",
+            "onions",
+            "carrots",
+            "yogurt",
+            "juice",
+        ]
     )
     amount = rng.randint(1, 12)
     question = rng.choice(
@@ -282,17 +387,32 @@ def _shopping(rng: Random) -> Request:
         )
     )
     return Request(
-        question, (item, amount), {"status": "added"}, f"I added {amount} {item} to your shopping list."
+        question,
+        (item, amount),
+        {"status": "added"},
+        f"I added {amount} {item} to your shopping list.",
     )
 
 
 def _event(rng: Random) -> Request:
-    day = rng.choice("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split())
+    day = rng.choice(["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"])
     hour = f"{rng.randrange(7, 22):02d}:{rng.choice((0, 15, 30, 45)):02d}"
     what = rng.choice(
-        ("a meeting", "lunch", "the dentist", "a concert", "yoga", "a phone call", "football training",
-         "a haircut", "dinner", "a piano lesson", "swimming", "the parents' evening")
-    )  # fmt: skip
+        (
+            "a meeting",
+            "lunch",
+            "the dentist",
+            "a concert",
+            "yoga",
+            "a phone call",
+            "football training",
+            "a haircut",
+            "dinner",
+            "a piano lesson",
+            "swimming",
+            "the parents' evening",
+        )
+    )
     title = what.removeprefix("a ").removeprefix("the ")
     question = rng.choice(
         (
@@ -309,7 +429,20 @@ def _event(rng: Random) -> Request:
 
 def _stock(rng: Random) -> Request:
     name = rng.choice(
-        "Acme Globex Initech Umbrella Stark Wayne Hooli Vandelay Soylent Cyberdyne Tyrell Wonka".split()
+        [
+            "Acme",
+            "Globex",
+            "Initech",
+            "Umbrella",
+            "Stark",
+            "Wayne",
+            "Hooli",
+            "Vandelay",
+            "Soylent",
+            "Cyberdyne",
+            "Tyrell",
+            "Wonka",
+        ]
     )
     price = round(rng.uniform(3, 900), 2)
     question = rng.choice(
@@ -342,7 +475,11 @@ TOOLS: tuple[Tool, ...] = (
     Tool(
         "weather",
         ("get_weather", "weather", "current_weather", "get_current_weather", "weather_lookup"),
-        ("Get the current weather of a city", "Current weather and temperature", "Look up the weather"),
+        (
+            "Get the current weather of a city",
+            "Current weather and temperature",
+            "Look up the weather",
+        ),
         (CITY,),
         _weather,
     ),
@@ -466,9 +603,14 @@ def spell(rng: Random, tool: Tool) -> Spelled:
     plain = rng.random() < 0.25
     properties: dict[str, Any] = {}
     for name, p in zip(names, tool.params, strict=True):
-        properties[name] = {"type": p.type} if plain else {
-            "type": p.type, "description": p.description,
-        }  # fmt: skip
+        properties[name] = (
+            {"type": p.type}
+            if plain
+            else {
+                "type": p.type,
+                "description": p.description,
+            }
+        )
     name = rng.choice(tool.names)
     schema = {
         "type": "function",
@@ -542,7 +684,9 @@ def tool_chat(rng: Random, other: Callable[[Random], Chat]) -> Chat:
     system = [{"role": "system", "content": rng.choice(SYSTEMS)}] if rng.random() < 0.3 else []
     if kind == "plain":
         # arithmetic would fit a calculator, and times a clock: leave such tools out
-        offered = offer(rng, rng.sample([k for k in keys if k not in ("calculator", "search")], count))
+        offered = offer(
+            rng, rng.sample([k for k in keys if k not in ("calculator", "search")], count)
+        )
         chat = other(rng)
         chat.messages = system + chat.messages
         chat.tools = [s.schema for s in offered.values()]
@@ -550,9 +694,14 @@ def tool_chat(rng: Random, other: Callable[[Random], Chat]) -> Chat:
         chat.expected = {"calls": [], "answer": chat.messages[-1]["content"], "exact": False}
         return chat
     if kind == "none":
-        wanted = rng.choice([k for k in REFUSALS])
-        similar = {"time": {"timer", "search", "event"}, "timer": {"event"}, "event": {"timer"},
-                   "message": {"translate"}, "translate": {"message", "search"}}  # fmt: skip
+        wanted = rng.choice(list(REFUSALS))
+        similar = {
+            "time": {"timer", "search", "event"},
+            "timer": {"event"},
+            "event": {"timer"},
+            "message": {"translate"},
+            "translate": {"message", "search"},
+        }
         avoid = {wanted, "search"} | similar.get(wanted, set())
         offered = offer(rng, rng.sample([k for k in keys if k not in avoid], count))
         request = BY_KEY[wanted].request(rng)
@@ -595,9 +744,11 @@ def tool_chat(rng: Random, other: Callable[[Random], Chat]) -> Chat:
     chat.expected = expected
     if kind == "call" and rng.random() < 0.25:
         name = calls[0][0]
-        chat.thoughts = f"The tool {name} fits. " + "; ".join(
-            f"{k} is {v}" for k, v in calls[0][1].items()
-        ) + "."  # fmt: skip
+        chat.thoughts = (
+            f"The tool {name} fits. "
+            + "; ".join(f"{k} is {v}" for k, v in calls[0][1].items())
+            + "."
+        )
     return chat
 
 
