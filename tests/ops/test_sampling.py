@@ -1,7 +1,10 @@
-"""The sampling ops against plain fp64 arithmetic and an independent Philox4x32-10."""
+"""The sampling ops against plain fp64 arithmetic and an independent Philox4x32-10.
+
+In the three tiers: BF16 and VBMI make no difference to these ops.
+"""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,16 +19,6 @@ LARGEST = torch.finfo(torch.float32).max
 VOCABS = (1, 17, 1000, 129280)
 ROWS = (1, 3, 17)
 POISON = -77
-
-
-@pytest.fixture(params=("avx2", "avx512", "amx"))
-def tier(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The tiers alone: BF16 and VBMI make no difference to these ops."""
-    name = str(request.param)
-    if name not in runtime.cpu_features():
-        pytest.skip(f"this CPU lacks {name}")
-    with runtime.forced_tier(name):
-        yield name
 
 
 def int32(*values: int) -> torch.Tensor:
@@ -240,7 +233,7 @@ def mixed(n: int, salt: int) -> list[Params]:
 
 @pytest.mark.parametrize("n", ROWS)
 @pytest.mark.parametrize("vocab", VOCABS)
-def test_greedy_is_argmax(tier: str, vocab: int, n: int) -> None:
+def test_greedy_is_argmax(main_tier: str, vocab: int, n: int) -> None:
     for name, make in SHAPES.items():
         x = make(vocab, n, vocab)
         want = [int((row == row.max()).nonzero()[0]) for row in x]
@@ -253,7 +246,7 @@ def test_greedy_is_argmax(tier: str, vocab: int, n: int) -> None:
 
 
 @pytest.mark.parametrize("vocab", [1, 15, 16, 17, 8191, 8192, 8193, 20000])
-def test_greedy_finds_every_place(tier: str, vocab: int) -> None:
+def test_greedy_finds_every_place(main_tier: str, vocab: int) -> None:
     """At the ends of vectors and chunks too; the first of two equals wherever they stand."""
     places = sorted({p for p in (0, 1, 7, 15, 16, 8191, 8192, 16384, vocab - 1) if p < vocab})
     x = torch.full((len(places), vocab), -3.5)
@@ -266,7 +259,7 @@ def test_greedy_finds_every_place(tier: str, vocab: int) -> None:
     assert greedy(x) == places
 
 
-def test_rows_without_sense_still_give_a_token(tier: str) -> None:
+def test_rows_without_sense_still_give_a_token(main_tier: str) -> None:
     vocab = 20000
     x = torch.full((6, vocab), -INF)
     x[1] = NAN
@@ -308,7 +301,7 @@ def test_philox_reference() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("n", ROWS)
 @pytest.mark.parametrize("vocab", VOCABS)
-def test_draws_what_the_reference_draws(tier: str, vocab: int, n: int, shape: str) -> None:
+def test_draws_what_the_reference_draws(main_tier: str, vocab: int, n: int, shape: str) -> None:
     x = SHAPES[shape](vocab + n, n, vocab)
     rounds = 1 if vocab * n > 1_000_000 else 6 if vocab > 1000 else 17
     for salt in range(rounds):
@@ -321,7 +314,7 @@ def test_draws_what_the_reference_draws(tier: str, vocab: int, n: int, shape: st
                 assert int(ids[i]) == int((x[i] == x[i].max()).nonzero()[0])
 
 
-def test_seeds_and_counters_use_all_their_bits(tier: str) -> None:
+def test_seeds_and_counters_use_all_their_bits(main_tier: str) -> None:
     """Uniform logits: the token is floor(u * vocab)."""
     vocab = 4096
     values = [0, 1, 2**31, 2**32 - 1, 2**32, 2**62 + 5, 2**63 - 1, -1, -(2**63), -(2**32)]
@@ -344,7 +337,7 @@ LEVEL = 1e30
 
 
 @pytest.mark.parametrize("vocab", [2, 17, 1000, 8193, 129280])
-def test_top_k_keeps_exactly_k(tier: str, vocab: int) -> None:
+def test_top_k_keeps_exactly_k(main_tier: str, vocab: int) -> None:
     spread = torch.randperm(vocab, generator=generator(vocab)).float() * 0.37 - 1e4
     steps = torch.randperm(vocab, generator=generator(vocab)).int() + bits(float32(-1.0))
     neighbours = steps.view(torch.float32)  # adjacent floats: -1 and downwards
@@ -362,7 +355,7 @@ def test_top_k_keeps_exactly_k(tier: str, vocab: int) -> None:
 
 
 @pytest.mark.parametrize("vocab", [2, 17, 1000, 8193, 129280])
-def test_top_p_keeps_the_fewest_that_reach_p(tier: str, vocab: int) -> None:
+def test_top_p_keeps_the_fewest_that_reach_p(main_tier: str, vocab: int) -> None:
     x = torch.randperm(vocab, generator=generator(vocab)).float() * 0.37 - 1e4
     for p in (0.0, 1e-9, 0.25, 0.5, 0.75, 0.96875, 1.0):  # exact in fp32, but one
         want = max(1, math.ceil(p * vocab))
@@ -372,7 +365,7 @@ def test_top_p_keeps_the_fewest_that_reach_p(tier: str, vocab: int) -> None:
             assert kept_count(x, both) == max(1, math.ceil(p * (vocab // 4)))
 
 
-def test_top_p_within_what_top_k_leaves(tier: str) -> None:
+def test_top_p_within_what_top_k_leaves(main_tier: str) -> None:
     """The share is one of the top k's weight, not of all."""
     x = float32(*(math.log(v) for v in (8, 4, 2, 1, 1, 1, 1, 1, 1, 1, 1)))
     # All weights: 22. Of the top three, 14: 8 and 4 make 0.857 of them, 0.545 of all.
@@ -391,7 +384,7 @@ def set_of(x: torch.Tensor, p: Params, draws: int = 400) -> set[int]:
     return set(ids.tolist())
 
 
-def test_ties_are_kept_together(tier: str) -> None:
+def test_ties_are_kept_together(main_tier: str) -> None:
     x = float32(1.0, 3.0, 2.0, 3.0, 2.0, 2.0, 0.0)
     top, second = {1, 3}, {1, 2, 3, 4, 5}
     assert set_of(x, Params(top_k=1)) == top
@@ -411,13 +404,13 @@ def test_ties_are_kept_together(tier: str) -> None:
     assert set_of(x, Params(min_p=0.13, temperature=0.5)) == second  # e^-2 = 0.1353
 
 
-def test_min_p_is_relative_to_the_likeliest(tier: str) -> None:
+def test_min_p_is_relative_to_the_likeliest(main_tier: str) -> None:
     x = float32(*(math.log(v) for v in (64.0, 32.0, 16.5, 15.5, 4.0, 1.0)))
     for place, share in ((1, 0.9), (2, 0.3), (3, 0.25), (4, 0.1), (5, 0.05), (6, 0.01)):
         assert set_of(x, Params(min_p=share, temperature=1.0), 2000) == set(range(place))
 
 
-def test_top_k_of_one_is_greedy(tier: str) -> None:
+def test_top_k_of_one_is_greedy(main_tier: str) -> None:
     """However close the second is, and however high the temperature."""
     x = flat(5, 8, 129280)
     for i in range(8):
@@ -430,7 +423,7 @@ def test_top_k_of_one_is_greedy(tier: str) -> None:
         assert logprob.tolist() == [0.0] * 8
 
 
-def test_tiny_temperature_is_greedy(tier: str) -> None:
+def test_tiny_temperature_is_greedy(main_tier: str) -> None:
     x = flat(6, 17, 1000)
     for temperature in (1e-45, 1e-38, 1e-20, 1e-9):
         ids, logprob = draw(x, [Params(temperature=temperature, seed=i) for i in range(17)])
@@ -439,7 +432,7 @@ def test_tiny_temperature_is_greedy(tier: str) -> None:
 
 
 @pytest.mark.parametrize(("low", "high"), [(-LARGEST, LARGEST), (-1e-38, 1e-38), (-1e-44, 1e-44)])
-def test_extreme_ranges(tier: str, low: float, high: float) -> None:
+def test_extreme_ranges(main_tier: str, low: float, high: float) -> None:
     """Narrowing between pivots must end, and be exact, where differences overflow or vanish."""
     x = torch.linspace(low / 2, high / 2, 4097, dtype=torch.float64).float() * 2
     x[5] = -INF
@@ -466,7 +459,7 @@ def test_extreme_ranges(tier: str, low: float, high: float) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("vocab", [17, 1000])
-def test_frequencies(tier: str, vocab: int, p: Params) -> None:
+def test_frequencies(main_tier: str, vocab: int, p: Params) -> None:
     draws, rows_at_once = 20000, 500
     x = torch.randn(vocab, generator=generator(vocab)) * 1.5
     counts = torch.zeros(vocab, dtype=torch.int64)
@@ -487,7 +480,7 @@ def test_frequencies(tier: str, vocab: int, p: Params) -> None:
 
 
 @pytest.mark.parametrize("vocab", [17, 8193, 129280])
-def test_a_rows_result_is_its_own(tier: str, vocab: int) -> None:
+def test_a_rows_result_is_its_own(main_tier: str, vocab: int) -> None:
     """Whatever the threads, the other rows and the row's place."""
     n = 17
     x = torch.cat([model_like(1, 6, vocab), flat(2, 6, vocab), tied(3, 5, vocab)])
@@ -524,7 +517,7 @@ def test_a_rows_result_is_its_own(tier: str, vocab: int) -> None:
 
 
 @pytest.mark.parametrize("vocab", [1, 17, 31, 32, 33, 1000, 8192, 8200, 129280])
-def test_restrict(tier: str, vocab: int) -> None:
+def test_restrict(main_tier: str, vocab: int) -> None:
     g = generator(vocab)
     for threads in (1, 2):
         runtime.set_threads(threads)
@@ -566,7 +559,7 @@ def test_restrict_is_xgrammars_layout() -> None:
 
 
 @pytest.mark.parametrize("vocab", [17, 1000, 129280])
-def test_add_bias(tier: str, vocab: int) -> None:
+def test_add_bias(main_tier: str, vocab: int) -> None:
     g = generator(vocab)
     for threads in (1, 2):
         runtime.set_threads(threads)
@@ -600,7 +593,7 @@ def penalized(
 
 
 @pytest.mark.parametrize("vocab", [1, 17, 1000, 129280])
-def test_penalize(tier: str, vocab: int) -> None:
+def test_penalize(main_tier: str, vocab: int) -> None:
     g = generator(vocab)
     settings = [
         (1.3, 0.5, 0.25, 40, 30),
@@ -633,7 +626,7 @@ def test_penalize(tier: str, vocab: int) -> None:
         assert torch.equal(bits(x), bits(want))
 
 
-def test_a_banned_token_is_never_drawn(tier: str) -> None:
+def test_a_banned_token_is_never_drawn(main_tier: str) -> None:
     """Through all steps, in their order, on rows where the banned tokens are the likeliest."""
     vocab, n = 1000, 17
     x = model_like(8, n, vocab)
@@ -661,7 +654,7 @@ def test_a_banned_token_is_never_drawn(tier: str) -> None:
 
 @pytest.mark.parametrize("n", ROWS)
 @pytest.mark.parametrize("vocab", VOCABS)
-def test_logprobs(tier: str, vocab: int, n: int) -> None:
+def test_logprobs(main_tier: str, vocab: int, n: int) -> None:
     for name, make in SHAPES.items():
         if vocab * n > 1_000_000 and name != "tied":
             continue
@@ -682,7 +675,7 @@ def test_logprobs(tier: str, vocab: int, n: int) -> None:
             assert float((got.top_values - want.gather(1, order)).abs().max()) < 3e-5
 
 
-def test_logprobs_of_none_and_of_many(tier: str) -> None:
+def test_logprobs_of_none_and_of_many(main_tier: str) -> None:
     x = flat(1, 3, 5000)
     empty = torch.empty((3, 0), dtype=torch.int32)
     assert logprobs(x, empty, 0).values.shape == (3, 0)
@@ -695,7 +688,7 @@ def test_logprobs_of_none_and_of_many(tier: str) -> None:
     assert torch.equal(got.values, logprobs(x, torch.full((3, 1), 7, dtype=torch.int32), 5).values)
 
 
-def test_logprobs_of_what_cannot_be(tier: str) -> None:
+def test_logprobs_of_what_cannot_be(main_tier: str) -> None:
     x = torch.full((4, 40), -INF)
     x[0, 20], x[0, 3] = 1.0, 0.0
     x[0, 10] = NAN
@@ -832,7 +825,7 @@ def test_contents_are_checked(name: str, argument: str, value: torch.Tensor, mes
     assert all(torch.equal(v, before[key]) or v.isnan().any() for key, v in given.items())
 
 
-def test_greedy_in_a_graph(tier: str) -> None:
+def test_greedy_in_a_graph(main_tier: str) -> None:
     x = flat(1, 5, 20000)
     ids = torch.full((5,), POISON, dtype=torch.int32)
     with runtime.Graph.capture() as graph:
