@@ -2,9 +2,9 @@
 
     python benchmarks/kernels.py [--threads N] [--tiers avx512,avx2] [--json FILE]
 
-Ceilings are measured in the same run. The least possible time of a call is the larger of (bytes of weights touched / read bandwidth) and
-(operations / peak of the format's best instruction). Experts are chosen at random and counted; the
-stack of experts is larger than the caches.
+Ceilings are measured in the same run. The least possible time of a call is the larger of (bytes of
+weights touched / read bandwidth) and (operations / peak of the format's best instruction). Experts
+are chosen at random and counted; the stack of experts is larger than the caches.
 """
 
 import argparse
@@ -122,8 +122,8 @@ def main() -> None:
                         rows.append(row)
                         print(
                             f"{name:7}{fmt.name:6}{tier:8}{n:6}{row['ms']:10.3f} ms"
-                            f"{row['GB/s']:8.1f} GB/s{row['Gop/s']:9.0f} of {row['peak Gop/s']:.0f} Gop/s"
-                            f"   share {row['share']:.2f}",
+                            f"{row['GB/s']:8.1f} GB/s{row['Gop/s']:9.0f}"
+                            f" of {row['peak Gop/s']:.0f} Gop/s   share {row['share']:.2f}",
                             flush=True,
                         )
     if args.json:

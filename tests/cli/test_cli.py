@@ -103,8 +103,12 @@ def test_sampling_options_reach_the_model(
     greedy = tokens("--temperature", "0")
     assert tokens("--temperature", "5", "--top-k", "1") == greedy
     assert tokens("--temperature", "5", "--top-p", "0.0001") == greedy
-    assert tokens("--seed", "1", "--temperature", "2") == tokens("--seed", "1", "--temperature", "2")
-    assert tokens("--seed", "1", "--temperature", "2") != tokens("--seed", "2", "--temperature", "2")
+    assert tokens("--seed", "1", "--temperature", "2") == tokens(
+        "--seed", "1", "--temperature", "2"
+    )
+    assert tokens("--seed", "1", "--temperature", "2") != tokens(
+        "--seed", "2", "--temperature", "2"
+    )
     assert tokens("--temperature", "0", "--no-graph") == greedy
     assert len(tokens("--temperature", "0", "--quantization", "w8a8_int8")) == 12
 
@@ -191,7 +195,10 @@ def bad(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["generate", "--prompt", "x", "--stop", ""], "stop: expected"),
         (["generate", "--prompt", "x", "--model", "/nowhere"], "no such model"),
         (["generate", "--prompt", "x", "--model", "MODEL", "--threads", "0"], "threads: expected"),
-        (["generate", "--prompt", "x", "--model", "MODEL", "--max-model-len", "-1"], "max_model_len"),
+        (
+            ["generate", "--prompt", "x", "--model", "MODEL", "--max-model-len", "-1"],
+            "max_model_len",
+        ),
         (["generate", "--prompt", "x" * 600, "--model", "MODEL"], "max_model_len is 512"),
         (["generate", "--prompt", "x", "--model", "MODEL", "--max-tokens", "900"], "at most 511"),
         (["generate", "--prompt", "a\udcff", "--model", "MODEL"], "not valid Unicode"),

@@ -2,6 +2,7 @@
 
 # ruff: noqa: RUF001 - DeepSeek writes its markers with full-width bars
 
+import itertools
 import json
 import random
 from dataclasses import dataclass, field
@@ -66,7 +67,7 @@ def every_cut(text: str, tools: ToolFormat | None, **options: bool) -> Result:
     for _ in range(30):
         cuts = sorted(generator.sample(range(len(text) + 1), min(6, len(text))))
         ends = [0, *cuts, len(text)]
-        ways.append([text[a:b] for a, b in zip(ends, ends[1:], strict=False)])
+        ways.append([text[a:b] for a, b in itertools.pairwise(ends)])
     for pieces in ways:
         other = parse(pieces, tools, **options)
         assert (other.reasoning, other.content, other.calls) == (
@@ -119,9 +120,7 @@ def test_reasoning_then_calls(style: ToolFormat) -> None:
 
 
 def test_forced_calls_start_inside() -> None:
-    text = calls_in(DEEPSEEK_V31, ["f"]).removeprefix(
-        DEEPSEEK_V31.begin + DEEPSEEK_V31.call_begin
-    )
+    text = calls_in(DEEPSEEK_V31, ["f"]).removeprefix(DEEPSEEK_V31.begin + DEEPSEEK_V31.call_begin)
     assert every_cut(text, DEEPSEEK_V31, forced=True).calls == [("f", ARGUMENTS[0])]
 
 

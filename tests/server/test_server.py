@@ -59,7 +59,13 @@ def test_completion(client: openai.OpenAI) -> None:
 
 
 def test_completion_streams_the_same_text(client: openai.OpenAI) -> None:
-    options: dict[str, Any] = {"model": "tiny", "prompt": "Once", "max_tokens": 20, "seed": 3, "n": 2}
+    options: dict[str, Any] = {
+        "model": "tiny",
+        "prompt": "Once",
+        "max_tokens": 20,
+        "seed": 3,
+        "n": 2,
+    }
     whole = client.completions.create(**options)
     texts, reasons, usage = ["", ""], [None, None], None
     for chunk in client.completions.create(

@@ -89,7 +89,9 @@ def serve(
     ] = 256,
     kv_cache_memory: Annotated[
         str | None,
-        typer.Option("--kv-cache-memory", help="For the latent cache. Default: half of what is free."),
+        typer.Option(
+            "--kv-cache-memory", help="For the latent cache. Default: half of what is free."
+        ),
     ] = None,
     enable_prefix_caching: Annotated[
         bool,
@@ -134,8 +136,8 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a model over HTTP, in OpenAI's protocol, with a chat page at /."""
-    cache_bytes = None if kv_cache_memory is None else parse_bytes(
-        "--kv-cache-memory", kv_cache_memory
+    cache_bytes = (
+        None if kv_cache_memory is None else parse_bytes("--kv-cache-memory", kv_cache_memory)
     )
     body_bytes = parse_bytes("--max-request-bytes", max_request_bytes)
 

@@ -1,8 +1,8 @@
 """Runs the real model code on tensors without memory, so that every call meets every op's checks.
 
-The weights are PackedWeight.fake, buffers and cache lie on the meta device: an op then runs the same
-C++ checks as with data, and nothing else. A disagreement between a kernel, its weights and its call
-site shows here, in about a second, before any weight is read.
+The weights are PackedWeight.fake, buffers and cache lie on the meta device: an op then runs the
+same C++ checks as with data, and nothing else. A disagreement between a kernel, its weights and its
+call site shows here, in about a second, before any weight is read.
 """
 
 from collections.abc import Iterator
@@ -111,7 +111,7 @@ def _steps(limits: Limits) -> Iterator[tuple[str, int, int, int]]:
 
 
 def dry_run(plan: ModelPlan, engine: EngineConfig, limits: Limits) -> list[str]:
-    """Drives prefill, decode at every batch size, mixed batches and graph capture through all checks.
+    """Drives prefill, decode at every batch size, mixed batches and capture through all checks.
 
     Returns the names of the steps that were run. Raises ContractError with the op's own message.
     """

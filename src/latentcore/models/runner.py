@@ -10,6 +10,7 @@ import torch
 from latentcore.config import EngineConfig, ModelConfig
 from latentcore.errors import InsufficientMemoryError
 from latentcore.layers.step import Limits, Step, latent_row
+from latentcore.layers.weights import ModelWeights
 from latentcore.models.checkpoint import Checkpoint
 from latentcore.models.chunk import Path, SequenceChunk
 from latentcore.models.deepseek import DeepseekDecoder
@@ -17,7 +18,6 @@ from latentcore.models.dryrun import dry_run
 from latentcore.models.loader import load_weights
 from latentcore.models.memory import available_memory, format_bytes, require_memory
 from latentcore.models.resolve import ModelPlan, resolve
-from latentcore.layers.weights import ModelWeights
 from latentcore.ops import dense, mla, runtime
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,9 @@ def choose_path(config: ModelConfig, uncached_tokens: int, context: int) -> Path
     expand = (config.qk_nope_head_dim + config.v_head_dim) * config.kv_lora_rank
     pairs = uncached_tokens * (context - (uncached_tokens - 1) / 2)
     unabsorbed = context * expand + pairs * (config.qk_head_dim + config.v_head_dim)
-    absorbed = uncached_tokens * expand + pairs * (2 * config.kv_lora_rank + config.qk_rope_head_dim)
+    absorbed = uncached_tokens * expand + pairs * (
+        2 * config.kv_lora_rank + config.qk_rope_head_dim
+    )
     return "prefill" if unabsorbed <= absorbed else "decode"
 
 
@@ -74,7 +76,7 @@ def plan_limits(config: ModelConfig, engine: EngineConfig, free: int) -> Limits:
             )
         wanted = num_blocks * engine.block_size
         logger.warning(
-            "max_model_len lowered from %d to %d tokens: that is what the latent cache can hold in %s",
+            "max_model_len lowered from %d to %d tokens: what the latent cache can hold in %s",
             config.max_position_embeddings,
             wanted,
             format_bytes(budget),
@@ -167,13 +169,15 @@ class ModelRunner:
         return choose_path(self.config, uncached_tokens, context)
 
     def forward(self, chunks: Sequence[SequenceChunk]) -> torch.Tensor:
-        """Computes the chunks in one pass: float32 [rows wanted, vocab], in the order of the chunks.
+        """Computes the chunks in one pass: float32 [rows wanted, vocab], in the chunks' order.
 
         Raises RuntimeError naming row, bounds and value for a token id, position or block that is
         out of range; nothing is computed then.
         """
         step, wanted = self._load(chunks)
-        if self.engine_config.use_graph and step.absorbed == step.rows == len(chunks) == len(wanted):
+        if self.engine_config.use_graph and step.absorbed == step.rows == len(chunks) == len(
+            wanted
+        ):
             return self._replay(step)
         hidden = self._decoder.forward(step)
         count = len(wanted)
@@ -271,5 +275,3 @@ class ModelRunner:
             self._graphs[step.rows] = graph
         graph.replay()
         return logits
-
-

@@ -46,7 +46,10 @@ def logits(x: torch.Tensor, w: PackedWeight, out: torch.Tensor) -> None:
 
 
 def heads(x: torch.Tensor, w: PackedWeight, out: torch.Tensor) -> None:
-    """out[:, h] = x[:, h] w[h]^T. x bf16 [n, batch, cols], w BF16 or INT8_WIDE, out bf16 [n, batch, rows]."""
+    """out[:, h] = x[:, h] w[h]^T.
+
+    x bf16 [n, batch, cols], w BF16 or INT8_WIDE, out bf16 [n, batch, rows].
+    """
     _heads(x, *unpack("heads", "w", w), out)
 
 

@@ -39,8 +39,8 @@ def mla_input_lora(
 ) -> None:
     """Queries, and the cache rows, of x, bf16 [n, hidden].
 
-    Rows below `absorbed` get q_latent bf16 [n, heads, dim]: the query absorbed by w_kc, then its roped
-    part. The others get q bf16 [n, heads, nope + rope]. The rest of both is left as it was.
+    Rows below `absorbed` get q_latent bf16 [n, heads, dim]: the query absorbed by w_kc, then its
+    roped part. The others get q bf16 [n, heads, nope + rope]. The rest of both is left as it was.
     """
     name = "mla_input_lora"
     _mla_input_lora(
@@ -139,8 +139,8 @@ def mla_prefill_attention(
 ) -> None:
     """Causal attention with keys and values un-absorbed by kv_b, tile by tile.
 
-    q bf16 [n, heads, nope + rope]; segments int32 [count, 4] of (first row, rows, sequence, position
-    of the first row); writes those rows of out, bf16 [n, heads * v].
+    q bf16 [n, heads, nope + rope]; segments int32 [count, 4] of (first row, rows, sequence,
+    position of the first row); writes those rows of out, bf16 [n, heads * v].
     """
     _mla_prefill_attention(
         q,

@@ -70,7 +70,7 @@ def release_scratch() -> None:
 
 
 def read_bandwidth(nbytes: int, seconds: float) -> float:
-    """Bytes a second that the team reads, measured within `nbytes` of memory and about `seconds`."""
+    """Bytes a second that the team reads, measured in `nbytes` of memory for about `seconds`."""
     return float(_read_bandwidth(nbytes, seconds))
 
 

@@ -220,9 +220,7 @@ def _add_error_handlers(app: FastAPI) -> None:
         if error.status_code == 404:
             message = f"there is nothing at {request.url.path[:200]}"
         api_error = ApiError(error.status_code, message, kind=kind)
-        return JSONResponse(
-            api_error.body(), status_code=error.status_code, headers=error.headers
-        )
+        return JSONResponse(api_error.body(), status_code=error.status_code, headers=error.headers)
 
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)

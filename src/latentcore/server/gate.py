@@ -126,9 +126,7 @@ class Gate:
             headers={"Connection": "close"},
         )
 
-    def _log(
-        self, scope: Scope, request_id: str, status: int, seconds: float, body: bytes
-    ) -> None:
+    def _log(self, scope: Scope, request_id: str, status: int, seconds: float, body: bytes) -> None:
         fields: dict[str, Any] = {
             "request_id": request_id,
             "method": scope["method"],

@@ -37,8 +37,8 @@ from latentcore.server.protocol import (
     CompletionRequest,
     DetokenizeRequest,
     NamedToolChoice,
-    Tool,
     TokenizeRequest,
+    Tool,
 )
 
 Json = dict[str, Any]
@@ -77,9 +77,7 @@ class _ChatPlan:
 
     def parser(self) -> ChatParser:
         reasoning = ReasoningParser(inside=self.inside_reasoning) if self.can_reason else None
-        tools = (
-            ToolCallParser(self.tool_format, forced=self.forced) if self.tool_format else None
-        )
+        tools = ToolCallParser(self.tool_format, forced=self.forced) if self.tool_format else None
         return ChatParser(reasoning, tools)
 
 
@@ -112,7 +110,11 @@ class _ChatChoice:
                 }
                 self.tool_calls.append(call)
                 deltas.append(
-                    {"tool_calls": [{"index": event.index, **call, "function": {**call["function"]}}]}  # type: ignore[dict-item]
+                    {
+                        "tool_calls": [
+                            {"index": event.index, **call, "function": {**call["function"]}}
+                        ]
+                    }  # type: ignore[dict-item]
                 )
             elif isinstance(event, ToolCallArguments):
                 self.tool_calls[event.index]["function"]["arguments"] += event.text
@@ -418,9 +420,7 @@ class _Run:
             }
             try:
                 while waiting:
-                    done, _ = await asyncio.wait(
-                        waiting, return_when=asyncio.FIRST_COMPLETED
-                    )
+                    done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                     for future in done:
                         number = waiting.pop(future)
                         output = future.result()
@@ -599,7 +599,7 @@ class ChatRun(_Run):
                     started.add(index)
                     yield self._chunk(index, {"role": "assistant", "content": ""})
                 deltas, logprobs = self._advance(choice)
-                # Log-probabilities go with the first piece of text that their tokens make, or alone.
+                # Log-probabilities go with the first text that their tokens make, or alone.
                 for number, delta in enumerate(deltas or ([{}] if logprobs else [])):
                     yield self._chunk(index, delta, logprobs=logprobs if number == 0 else None)
                 if choice.finish_reason is not None:
