@@ -209,7 +209,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def rope(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
-    """Rotates pairs (2i, 2i + 1) of x [..., dim] by cos_sin, cosines then sines, broadcast to it."""
+    """Rotates pairs (2i, 2i + 1) of x [..., dim] by cos_sin, cosines then sines."""
     half = x.shape[-1] // 2
     c, s = cos_sin[..., :half].to(F64), cos_sin[..., half:].to(F64)
     a, b = x[..., 0::2].to(F64), x[..., 1::2].to(F64)
@@ -257,7 +257,7 @@ def route(
 
 
 def uniform(seed: int, counter: int) -> float:
-    """The number in [0, 1) of a seed and counter: Philox4x32-10, the top 53 of its first 64 bits."""
+    """The number in [0, 1) of a seed and counter: Philox4x32-10, 53 of its first 64 bits."""
     low = 0xFFFFFFFF
     c = [counter & low, counter >> 32 & low, 0, 0]
     key = [seed & low, seed >> 32 & low]

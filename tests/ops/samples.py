@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from latentcore.ops import dense, mla, moe, native, packing, sampling
+from latentcore.ops import dense, mla, moe, packing, sampling
 from latentcore.quant.packed import Format, PackedWeight, huge_buffer, packed_nbytes
 from tests.ops import reference
 from tests.ops.reference import BF16, F64, Matrix, bf16
@@ -885,7 +885,7 @@ def _penalize(vocab: int, lengths: Sequence[int]) -> Callable[[torch.Generator],
 
 
 def _sample(vocab: int, n: int) -> Callable[[torch.Generator], Case]:
-    """Rows that are greedy, that keep all, and that are cut by min_p, top_k, top_p and all of them."""
+    """Rows that are greedy, that keep all, and that are cut by min_p, top_k, top_p and all 3."""
 
     def make(g: torch.Generator) -> Case:
         logits = _logits(g, n, vocab)
@@ -1013,8 +1013,8 @@ def _init_packed(fmt: Format, *shape: int) -> Callable[[torch.Generator], Case]:
         after = data.clone()
         header = reference.header_bytes(fmt, batch, parts, rows, cols)
         after[:256] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-        arguments = {"dst": data, "dst_desc": [int(fmt), batch, parts, rows, cols]}
-        return Case(native.init_packed, arguments, {"dst": Exact(after)})
+        dst = PackedWeight(data, fmt, batch, parts, rows, cols)
+        return Case(packing.init_packed, {"dst": dst}, {"dst": Exact(after)})
 
     return make
 

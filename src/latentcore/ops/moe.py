@@ -2,7 +2,7 @@
 
 import torch
 
-from latentcore.ops.native import op, unpack
+from latentcore.ops.native import flag, op, unpack
 from latentcore.quant.packed import PackedWeight
 
 _route_softmax = op("route_softmax")
@@ -33,7 +33,7 @@ def route_softmax(
         n_group,
         topk_group,
         top_k,
-        normalize,
+        flag("route_softmax", "normalize", normalize),
         factor,
         ids,
         weights,
@@ -64,7 +64,7 @@ def route_sigmoid(
         n_group,
         topk_group,
         top_k,
-        normalize,
+        flag("route_sigmoid", "normalize", normalize),
         factor,
         ids,
         weights,

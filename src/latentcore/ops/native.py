@@ -19,7 +19,6 @@ def op(name: str) -> Any:
 
 
 _isa_tier = op("isa_tier")
-_init_packed = op("init_packed")
 
 
 def require_cpu() -> str:
@@ -33,11 +32,6 @@ def require_cpu() -> str:
         raise UnsupportedCpuError(str(error).splitlines()[0]) from None
 
 
-def init_packed(dst: torch.Tensor, dst_desc: list[int]) -> None:
-    """Writes the header of a packed weight into fresh memory `dst` (uint8, of the exact size)."""
-    _init_packed(dst, dst_desc)
-
-
 def unpack(name: str, argument: str, weight: "PackedWeight") -> tuple[torch.Tensor, list[int]]:
     """Data and descriptor of a packed weight, or TypeError naming op and argument."""
     try:
@@ -47,3 +41,12 @@ def unpack(name: str, argument: str, weight: "PackedWeight") -> tuple[torch.Tens
             f"latentcore::{name}: argument '{argument}': expected a PackedWeight, "
             f"found {type(weight).__name__}"
         ) from None
+
+
+def flag(name: str, argument: str, value: bool) -> bool:
+    """The value itself if it is a bool, or TypeError: PyTorch would take None for False."""
+    if value is True or value is False:
+        return value
+    raise TypeError(
+        f"latentcore::{name}: argument '{argument}': expected a bool, found {type(value).__name__}"
+    )

@@ -5,6 +5,7 @@ import torch
 from latentcore.ops.native import op, unpack
 from latentcore.quant.packed import FP8_BLOCK, PackedWeight
 
+_init_packed = op("init_packed")
 _pack_f32 = op("pack_f32")
 _pack_bf16 = op("pack_bf16")
 _pack_int8 = op("pack_int8")
@@ -14,6 +15,11 @@ _pack_int8_wide = op("pack_int8_wide")
 _FP8_MAX = 448.0
 _ROWS_AT_ONCE = 4096
 """Rows that a conversion holds in fp32 at a time."""
+
+
+def init_packed(dst: PackedWeight) -> None:
+    """Writes the header of `dst` into its fresh memory."""
+    _init_packed(*unpack("init_packed", "dst", dst))
 
 
 def pack_f32(dst: PackedWeight, item: int, part: int, w: torch.Tensor) -> None:

@@ -122,11 +122,11 @@ class PackedWeight:
     @classmethod
     def allocate(cls, fmt: Format, batch: int, parts: int, rows: int, cols: int) -> "PackedWeight":
         """Memory for a packed weight with its header written; the matrices are zero until packed."""
-        from latentcore.ops.native import init_packed
+        from latentcore.ops.packing import init_packed
 
         data = huge_buffer(packed_nbytes(fmt, batch, parts, rows, cols))
         weight = cls(data, fmt, batch, parts, rows, cols)
-        init_packed(weight.data, weight.desc)
+        init_packed(weight)
         return weight
 
     @classmethod
