@@ -103,18 +103,12 @@ class _ChatChoice:
                 self.content += event.text
                 deltas.append({"content": event.text})
             elif isinstance(event, ToolCallStart):
-                call = {
-                    "id": event.call_id,
-                    "type": "function",
-                    "function": {"name": event.name, "arguments": ""},
-                }
+                function = {"name": event.name, "arguments": ""}
+                call = {"id": event.call_id, "type": "function", "function": function}
                 self.tool_calls.append(call)
+                # A copy: the arguments of `call` grow, the delta has gone out.
                 deltas.append(
-                    {
-                        "tool_calls": [
-                            {"index": event.index, **call, "function": {**call["function"]}}
-                        ]
-                    }  # type: ignore[dict-item]
+                    {"tool_calls": [{"index": event.index, **call, "function": {**function}}]}
                 )
             elif isinstance(event, ToolCallArguments):
                 self.tool_calls[event.index]["function"]["arguments"] += event.text
