@@ -37,13 +37,9 @@ constexpr const char* format_name(Format f) {
 }
 
 // K is padded with zeros to this multiple: one 64-byte block of activations a row.
-constexpr int64_t k_multiple(Format f) {
-  return f == Format::INT8 ? 64 : f == Format::F32 ? 16 : 32;
-}
+constexpr int64_t k_multiple(Format f) { return f == Format::INT8 ? 64 : f == Format::F32 ? 16 : 32; }
 // k values in one 64-byte line of a panel.
-constexpr int k_per_line(Format f) {
-  return f == Format::F32 ? 1 : f == Format::BF16 ? 2 : 4;
-}
+constexpr int k_per_line(Format f) { return f == Format::F32 ? 1 : f == Format::BF16 ? 2 : 4; }
 // Bytes after a panel's lines. INT8: fp32 scale[16], int32 compensation[16]. FP8: fp32 scale per
 // 128 k. INT8_WIDE: fp32 scale[16].
 constexpr int64_t panel_tail(Format f, int64_t cols) {

@@ -87,7 +87,9 @@ struct Amx : Avx512<true, true> {
   // Rows up to which a product runs on vector registers, with the same bits as on tiles: int8 sums
   // are exact, FP8 keeps the tiles' order.
   template <Format F>
-  static constexpr int kVectorRows = F == Format::INT8 ? 6 : F == Format::FP8 ? 4 : 0;
+  static constexpr int kVectorRows = F == Format::INT8  ? 6
+                                     : F == Format::FP8 ? 4
+                                                        : 0;
 
   template <Format F>
   static void tile_product(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64_t m, int multiple,

@@ -24,9 +24,7 @@ LC_INLINE void vstore_n(float* p, vf a, int n) {
   vstore(t, a);
   std::memcpy(p, t, 4 * static_cast<size_t>(n));
 }
-LC_INLINE __m256i load256(const void* p) {
-  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
-}
+LC_INLINE __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 LC_INLINE __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 LC_INLINE vf vload_i32(const int32_t* p) {
   return {_mm256_cvtepi32_ps(load256(p)), _mm256_cvtepi32_ps(load256(p + 8))};
@@ -35,9 +33,7 @@ LC_INLINE vf vload_i32_sum(const int32_t* a, const int32_t* b) {
   return {_mm256_cvtepi32_ps(_mm256_add_epi32(load256(a), load256(b))),
           _mm256_cvtepi32_ps(_mm256_add_epi32(load256(a + 8), load256(b + 8)))};
 }
-LC_INLINE __m256 widen8(__m128i h) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
-}
+LC_INLINE __m256 widen8(__m128i h) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); }
 LC_INLINE vf vload_bf16(const bf16* p) { return {widen8(load128(p)), widen8(load128(p + 8))}; }
 LC_INLINE vf vload_bf16_n(const bf16* p, int n) {
   alignas(32) bf16 t[16] = {};
@@ -51,16 +47,13 @@ LC_INLINE __m256i round_bf16_bits(__m256 a) {
   const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   const __m256 nan = _mm256_cmp_ps(a, a, _CMP_UNORD_Q);
   return _mm256_srli_epi32(
-      _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(r), _mm256_castsi256_ps(quiet), nan)),
-      16);
+      _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(r), _mm256_castsi256_ps(quiet), nan)), 16);
 }
 LC_INLINE __m256i narrow_bf16(vf a) {
   const __m256i p = _mm256_packus_epi32(round_bf16_bits(a.lo), round_bf16_bits(a.hi));
   return _mm256_permute4x64_epi64(p, 0xd8);
 }
-LC_INLINE void vstore_bf16(bf16* p, vf a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(a));
-}
+LC_INLINE void vstore_bf16(bf16* p, vf a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(a)); }
 LC_INLINE void vstore_bf16_n(bf16* p, vf a, int n) {
   alignas(32) bf16 t[16];
   vstore_bf16(t, a);
@@ -126,8 +119,7 @@ LC_INLINE vm vge(vf a, vf b) {
 LC_INLINE vm vand(vm a, vm b) { return {_mm256_and_ps(a.lo, b.lo), _mm256_and_ps(a.hi, b.hi)}; }
 LC_INLINE vf vkeep(vm m, vf a) { return {_mm256_and_ps(m.lo, a.lo), _mm256_and_ps(m.hi, a.hi)}; }
 LC_INLINE uint32_t vbits(vm m) {
-  return static_cast<uint32_t>(_mm256_movemask_ps(m.lo)) |
-         static_cast<uint32_t>(_mm256_movemask_ps(m.hi)) << 8;
+  return static_cast<uint32_t>(_mm256_movemask_ps(m.lo)) | static_cast<uint32_t>(_mm256_movemask_ps(m.hi)) << 8;
 }
 struct PackTable {
   uint8_t lane[256][8];
@@ -156,16 +148,14 @@ LC_INLINE void vprefetch(const void* p) { _mm_prefetch(static_cast<const char*>(
 using I8Act = int16_t;
 constexpr int kI8ActBias = 0;
 LC_INLINE void vstore_i8act(I8Act* p, vf rounded) {
-  const __m256i q =
-      _mm256_packs_epi32(_mm256_cvtps_epi32(rounded.lo), _mm256_cvtps_epi32(rounded.hi));
+  const __m256i q = _mm256_packs_epi32(_mm256_cvtps_epi32(rounded.lo), _mm256_cvtps_epi32(rounded.hi));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(q, 0xd8));
 }
 
 LC_INLINE void transpose_8x8(const uint8_t* const* rows, size_t offset, uint8_t* dst) {
   __m256 r[8], t[8];
   LC_UNROLL
-  for (int i = 0; i < 8; ++i)
-    r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(rows[i] + offset));
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(rows[i] + offset));
   LC_UNROLL
   for (int i = 0; i < 4; ++i) {
     t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
@@ -180,27 +170,24 @@ LC_INLINE void transpose_8x8(const uint8_t* const* rows, size_t offset, uint8_t*
   }
   LC_UNROLL
   for (int c = 0; c < 4; ++c) {
-    _mm256_storeu_ps(reinterpret_cast<float*>(dst + c * 64),
-                     _mm256_permute2f128_ps(r[c], r[4 + c], 0x20));
-    _mm256_storeu_ps(reinterpret_cast<float*>(dst + (4 + c) * 64),
-                     _mm256_permute2f128_ps(r[c], r[4 + c], 0x31));
+    _mm256_storeu_ps(reinterpret_cast<float*>(dst + c * 64), _mm256_permute2f128_ps(r[c], r[4 + c], 0x20));
+    _mm256_storeu_ps(reinterpret_cast<float*>(dst + (4 + c) * 64), _mm256_permute2f128_ps(r[c], r[4 + c], 0x31));
   }
 }
 LC_INLINE void transpose_block(const uint8_t* const* rows, size_t offset, uint8_t* dst) {
   LC_UNROLL
-  for (int half = 0; half < 2; ++half)
+  for (int half = 0; half < 2; ++half) {
     LC_UNROLL
     for (int g = 0; g < 2; ++g)
-      transpose_8x8(rows + 8 * g, offset + static_cast<size_t>(half) * 32,
-                    dst + half * 8 * 64 + g * 32);
+      transpose_8x8(rows + 8 * g, offset + static_cast<size_t>(half) * 32, dst + half * 8 * 64 + g * 32);
+  }
 }
 LC_INLINE void interleave_rows(const bf16* a, const bf16* b, uint8_t* dst) {
   LC_UNROLL
   for (int h = 0; h < 2; ++h) {
     const __m256i lo = _mm256_cvtepu16_epi32(load128(a + 8 * h));
     const __m256i hi = _mm256_cvtepu16_epi32(load128(b + 8 * h));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + 32 * h),
-                        _mm256_or_si256(lo, _mm256_slli_epi32(hi, 16)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + 32 * h), _mm256_or_si256(lo, _mm256_slli_epi32(hi, 16)));
   }
 }
 
@@ -216,8 +203,7 @@ struct Avx2 {
 
   // 8 words of e4m3 codes in their high bytes, as fp16 bits of 2^-8 times the value.
   LC_INLINE __m256i fp8_words(__m256i high_bytes) {
-    return _mm256_and_si256(_mm256_srai_epi16(high_bytes, 1),
-                            _mm256_set1_epi16(static_cast<short>(0xbfff)));
+    return _mm256_and_si256(_mm256_srai_epi16(high_bytes, 1), _mm256_set1_epi16(static_cast<short>(0xbfff)));
   }
   LC_INLINE __m256i fp8_nan_mask(__m256i codes) {
     const __m256i m = _mm256_set1_epi8(0x7f);
@@ -304,8 +290,7 @@ struct Avx2 {
     LC_UNROLL
     for (int h = 0; h < 2; ++h) {
       const __m256 s = _mm256_hadd_ps(a[2 * h], a[2 * h + 1]);
-      _mm256_storeu_ps(c + 8 * h,
-                       _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(s), 0xd8)));
+      _mm256_storeu_ps(c + 8 * h, _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(s), 0xd8)));
     }
   }
 
@@ -315,10 +300,7 @@ struct Avx2 {
   struct Unit {
     static constexpr bool kInt = F == Format::INT8;
     static constexpr bool kWide = F == Format::FP8 || F == Format::INT8_WIDE;
-    static constexpr int kActBytes = F == Format::INT8   ? 8
-                                     : F == Format::F32  ? 4
-                                     : F == Format::BF16 ? 8
-                                                         : 16;
+    static constexpr int kActBytes = F == Format::INT8 ? 8 : F == Format::F32 ? 4 : F == Format::BF16 ? 8 : 16;
     struct Acc {
       __m256 f[4];
       __m256i i[4];
@@ -369,8 +351,7 @@ struct Avx2 {
         std::memcpy(&four, a, 8);
         const __m256i x = _mm256_set1_epi64x(four);
         LC_UNROLL
-        for (int j = 0; j < 4; ++j)
-          acc.i[j] = _mm256_add_epi32(acc.i[j], _mm256_madd_epi16(x, line.w[j]));
+        for (int j = 0; j < 4; ++j) acc.i[j] = _mm256_add_epi32(acc.i[j], _mm256_madd_epi16(x, line.w[j]));
       } else if constexpr (F == Format::F32) {
         const __m256 x = _mm256_broadcast_ss(reinterpret_cast<const float*>(a));
         acc.f[0] = madd(x, line.f[0], acc.f[0]);
@@ -400,8 +381,7 @@ struct Avx2 {
         LC_UNROLL
         for (int h = 0; h < 2; ++h) {
           const __m256i s = _mm256_hadd_epi32(acc.i[2 * h], acc.i[2 * h + 1]);
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(c + 8 * h),
-                              _mm256_permute4x64_epi64(s, 0xd8));
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(c + 8 * h), _mm256_permute4x64_epi64(s, 0xd8));
         }
       } else if constexpr (F == Format::F32) {
         _mm256_storeu_ps(c, acc.f[0]);

@@ -40,9 +40,7 @@ LC_INLINE __m256i narrow_bf16(vf a) {
   r = _mm512_mask_or_epi32(r, nan, bits, _mm512_set1_epi32(0x400000));
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
 }
-LC_INLINE void vstore_bf16(bf16* p, vf a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(a));
-}
+LC_INLINE void vstore_bf16(bf16* p, vf a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(a)); }
 LC_INLINE void vstore_bf16_n(bf16* p, vf a, int n) {
   _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), narrow_bf16(a));
 }
@@ -57,9 +55,7 @@ LC_INLINE vf vabs(vf a) { return {_mm512_abs_ps(a.v)}; }
 LC_INLINE float vhsum(vf a) { return _mm512_reduce_add_ps(a.v); }
 LC_INLINE float vhmax(vf a) { return _mm512_reduce_max_ps(a.v); }
 // Nearest integers, halves to even.
-LC_INLINE vf vround(vf a) {
-  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
+LC_INLINE vf vround(vf a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 // a * 2^n for integral n.
 LC_INLINE vf vscale2(vf a, vf n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 // Values at even and odd places of 32 consecutive floats.
@@ -163,8 +159,7 @@ struct Avx512 {
       high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);
       return {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
     } else {
-      return {widen_words(_mm512_unpacklo_epi8(codes, zero)),
-              widen_words(_mm512_unpackhi_epi8(codes, zero))};
+      return {widen_words(_mm512_unpacklo_epi8(codes, zero)), widen_words(_mm512_unpackhi_epi8(codes, zero))};
     }
   }
   LC_INLINE __m512i widen_words(__m512i w) {

@@ -47,15 +47,13 @@ LC_INLINE bf16 float_to_bf16(float f) {
 // The byte-coded formats that are widened to bf16 (FP8, INT8_WIDE) hold, in one 64-byte line, 4 k
 // of 16 rows. Row r, k j stands at this byte: unpacking the low and high halves of each 128-bit
 // lane then gives the bf16 lines of k 0..1 and k 2..3 without crossing lanes.
-constexpr int wide_byte(int row, int j) {
-  return (row / 4) * 16 + (j / 2) * 8 + (row % 4) * 2 + (j % 2);
-}
+constexpr int wide_byte(int row, int j) { return (row / 4) * 16 + (j / 2) * 8 + (row % 4) * 2 + (j % 2); }
 
 // e4m3fn code (magnitude, 7 bits) to bf16 bits; subnormals and NaN included.
 constexpr uint16_t fp8_magnitude_to_bf16(int mag) {
   if (mag == 0x7f) return 0x7fc0;
   if (mag >= 8) return static_cast<uint16_t>((mag << 4) + (120 << 7));
-  constexpr uint16_t subnormal[8] = {0,      0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};
+  constexpr uint16_t subnormal[8] = {0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};
   return subnormal[mag];
 }
 

@@ -63,8 +63,8 @@ Tier parse(const std::string& name, const char* origin) {
   else
     throw std::runtime_error(std::string(origin) + "=" + name + ": expected avx2, avx512 or amx");
   if (t > top)
-    throw std::runtime_error(std::string(origin) + "=" + name +
-                             ": this CPU lacks it; the best tier here is " + tier_name(top));
+    throw std::runtime_error(std::string(origin) + "=" + name + ": this CPU lacks it; the best tier here is " +
+                             tier_name(top));
   return t;
 }
 
@@ -93,9 +93,7 @@ const CpuFeatures& cpu_features() {
 
 Tier tier() { return current(); }
 
-const char* tier_name(Tier t) {
-  return t == Tier::AMX ? "amx" : t == Tier::AVX512 ? "avx512" : "avx2";
-}
+const char* tier_name(Tier t) { return t == Tier::AMX ? "amx" : t == Tier::AVX512 ? "avx512" : "avx2"; }
 
 void force_tier(const std::string& name) {
   CpuFeatures f = cpu_features();

@@ -140,9 +140,10 @@ void tile(const Act& a, const uint8_t* w, int64_t panel_stride, int64_t blocks, 
   constexpr int kLines = block_k(F) / k_per_line(F);
   typename U::Acc acc[M][NP];
   LC_UNROLL
-  for (int m = 0; m < M; ++m)
+  for (int m = 0; m < M; ++m) {
     LC_UNROLL
     for (int p = 0; p < NP; ++p) U::zero(acc[m][p]);
+  }
   const uint8_t* row[M];
   LC_UNROLL
   for (int m = 0; m < M; ++m) row[m] = a.base + m * a.row_stride;
@@ -162,9 +163,10 @@ void tile(const Act& a, const uint8_t* w, int64_t panel_stride, int64_t blocks, 
         line[p] = U::load(src);
       }
       LC_UNROLL
-      for (int m = 0; m < M; ++m)
+      for (int m = 0; m < M; ++m) {
         LC_UNROLL
         for (int p = 0; p < NP; ++p) U::fma(acc[m][p], line[p], row[m] + u * U::kActBytes);
+      }
     }
     w += kBlockBytes;
     LC_UNROLL
@@ -175,9 +177,10 @@ void tile(const Act& a, const uint8_t* w, int64_t panel_stride, int64_t blocks, 
     }
   }
   LC_UNROLL
-  for (int m = 0; m < M; ++m)
+  for (int m = 0; m < M; ++m) {
     LC_UNROLL
     for (int p = 0; p < NP; ++p) U::store(acc[m][p], c + m * kTileCols + p * 16);
+  }
 }
 
 using TileFn = void (*)(const Act&, const uint8_t*, int64_t, int64_t, float*);
@@ -191,17 +194,18 @@ constexpr TileFn tile_or_null() {
 }
 template <class Isa, Format F, int NP>
 TileFn tile_for(int m) {
+  // clang-format off
   static constexpr TileFn table[13] = {
       nullptr,
       tile_or_null<Isa, F, NP, 1>(),  tile_or_null<Isa, F, NP, 2>(),  tile_or_null<Isa, F, NP, 3>(),
       tile_or_null<Isa, F, NP, 4>(),  tile_or_null<Isa, F, NP, 5>(),  tile_or_null<Isa, F, NP, 6>(),
       tile_or_null<Isa, F, NP, 7>(),  tile_or_null<Isa, F, NP, 8>(),  tile_or_null<Isa, F, NP, 9>(),
       tile_or_null<Isa, F, NP, 10>(), tile_or_null<Isa, F, NP, 11>(), tile_or_null<Isa, F, NP, 12>()};
+  // clang-format on
   return table[m];
 }
 template <class Isa, Format F>
-LC_INLINE void run_tile(int m, int np, const Act& a, const uint8_t* w, int64_t stride, int64_t blocks,
-                        float* c) {
+LC_INLINE void run_tile(int m, int np, const Act& a, const uint8_t* w, int64_t stride, int64_t blocks, float* c) {
   if (np == 4) return tile_for<Isa, F, 4>(m)(a, w, stride, blocks, c);
   if (np == 2) return tile_for<Isa, F, 2>(m)(a, w, stride, blocks, c);
   tile_for<Isa, F, 1>(m)(a, w, stride, blocks, c);
@@ -235,8 +239,8 @@ LC_INLINE void finish_wide(float* c, int m, int np, const uint8_t* w, int64_t st
   }
 }
 // total (+)= sums of one 128-block * its scale.
-LC_INLINE void add_block(float* total, const float* sums, int m, int np, const float* scale,
-                         int64_t scale_stride, bool first) {
+LC_INLINE void add_block(float* total, const float* sums, int m, int np, const float* scale, int64_t scale_stride,
+                         bool first) {
   for (int p = 0; p < np; ++p) {
     const vf s = vset1(scale[p * scale_stride]);
     for (int i = 0; i < m; ++i) {
@@ -260,9 +264,8 @@ struct Panels {
 LC_INLINE Panels panels_of(const Weight& w, int64_t item) {
   const Layout& l = w.layout;
   const uint8_t* base = w.data + kHeaderBytes + item * l.item_stride();
-  const float* cs = l.format == Format::INT8_WIDE
-                        ? reinterpret_cast<const float*>(base + l.column_scale_offset())
-                        : nullptr;
+  const float* cs = l.format == Format::INT8_WIDE ? reinterpret_cast<const float*>(base + l.column_scale_offset())
+                                                  : nullptr;
   return {l.format, base, l.panel_stride(), l.lines(), cs};
 }
 
@@ -271,9 +274,7 @@ LC_INLINE Panels panels_of(const Weight& w, int64_t item) {
 struct Sink {
   void (*fn)(void* self, int64_t m0, int m, int64_t panel, int np, float* c);
   void* self;
-  void operator()(int64_t m0, int m, int64_t panel, int np, float* c) const {
-    fn(self, m0, m, panel, np, c);
-  }
+  void operator()(int64_t m0, int m, int64_t panel, int np, float* c) const { fn(self, m0, m, panel, np, c); }
 };
 template <class F>
 Sink sink_of(F& f) {
@@ -287,8 +288,7 @@ constexpr bool byte_coded(Format f) { return f == Format::FP8 || f == Format::IN
 
 // Epilogue of one tile whose rows are the first `m` of `act_scale`.
 template <Format F>
-LC_INLINE void finish(const Panels& w, const uint8_t* panel, int np, const float* act_scale, int m,
-                      float* c) {
+LC_INLINE void finish(const Panels& w, const uint8_t* panel, int np, const float* act_scale, int m, float* c) {
   if constexpr (F == Format::INT8) finish_int8(c, m, np, panel, w.stride, w.lines, act_scale);
   if constexpr (F == Format::INT8_WIDE) finish_wide(c, m, np, panel, w.stride, w.lines);
 }
@@ -319,8 +319,8 @@ void tile_product(const Panels& w, const uint8_t* panel, int np, const Act& a, i
 
 // Widens lines [line0, line0 + lines) of `np` panels of byte codes to bf16 lines.
 template <class Isa, Format F>
-void widen_panels(const Panels& w, const uint8_t* panel, int np, int64_t line0, int64_t lines,
-                  uint8_t* dst, int64_t dst_stride) {
+void widen_panels(const Panels& w, const uint8_t* panel, int np, int64_t line0, int64_t lines, uint8_t* dst,
+                  int64_t dst_stride) {
   for (int p = 0; p < np; ++p)
     for (int64_t l = 0; l < lines; ++l) {
       const uint8_t* src = panel + p * w.stride + (line0 + l) * 64;
@@ -358,10 +358,9 @@ void widened_product(const Panels& w, int64_t p0, int64_t p1, const Act& a, int6
           Act at = a.from(i0 + i);
           at.base += blk * (kFp8Block / 32) * a.block_stride;
           for (int q = 0; q < np; q += tmin(kNp, np - q))
-            run_tile<Isa, Format::BF16>(mb, tmin(kNp, np - q), at, wide + q * kWideStride, kWideStride,
-                                        blocks, sums + q * 16);
-          add_block(total + i * kTileCols, sums, mb, np, block_scale(w, panel, blk), w.stride / 4,
-                    blk == 0);
+            run_tile<Isa, Format::BF16>(mb, tmin(kNp, np - q), at, wide + q * kWideStride, kWideStride, blocks,
+                                        sums + q * 16);
+          add_block(total + i * kTileCols, sums, mb, np, block_scale(w, panel, blk), w.stride / 4, blk == 0);
         }
       }
       for (int64_t i = 0; i < mi; i += rows) {
@@ -385,8 +384,7 @@ void vector_product(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64
   int reg = 1;
   if (Isa::template max_rows<F>(4) >= m)
     reg = 4;
-  else if (Isa::template max_rows<F>(2) >= m ||
-           Isa::template max_rows<F>(2) >= Isa::template max_rows<F>(1))
+  else if (Isa::template max_rows<F>(2) >= m || Isa::template max_rows<F>(2) >= Isa::template max_rows<F>(1))
     reg = 2;
   const int64_t cap = Isa::template max_rows<F>(reg);
   const int64_t rows = ceil_div(m, ceil_div(m, cap));
@@ -408,8 +406,7 @@ void vector_product(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64
 }
 
 template <class Isa, Format F>
-void product(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64_t m, int multiple,
-             const Sink& sink) {
+void product(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64_t m, int multiple, const Sink& sink) {
   if constexpr (Isa::kTiles && F != Format::F32)
     Isa::template tile_product<F>(w, p0, p1, a, m, multiple, sink);
   else
@@ -417,8 +414,7 @@ void product(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64_t m, i
 }
 
 template <class Isa>
-void gemm(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64_t m, int multiple,
-          const Sink& sink) {
+void gemm(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64_t m, int multiple, const Sink& sink) {
   if (p0 >= p1 || m <= 0) return;
   switch (w.format) {
     case Format::F32: return product<Isa, Format::F32>(w, p0, p1, a, m, multiple, sink);

@@ -7,12 +7,12 @@ namespace {
 
 // The tile instructions name their registers in the assembly text, so these are macros. They do not
 // tell the compiler which memory they touch: a fence stands between ordinary accesses and them.
-#define LC_DOT(C, A, B)               \
-  do {                                \
-    if constexpr (F == Format::INT8)  \
-      _tile_dpbusd(C, A, B);          \
-    else                              \
-      _tile_dpbf16ps(C, A, B);        \
+#define LC_DOT(C, A, B)              \
+  do {                               \
+    if constexpr (F == Format::INT8) \
+      _tile_dpbusd(C, A, B);         \
+    else                             \
+      _tile_dpbf16ps(C, A, B);       \
   } while (0)
 LC_INLINE void tile_fence() { __asm__ volatile("" : : : "memory"); }
 
@@ -179,8 +179,8 @@ void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64
           if (two && np > 1) _tile_stored(3, to + 16 * kTileCols + 16, kStride);
           tile_fence();
           if constexpr (F == Format::FP8)
-            add_block(at, sums, static_cast<int>(tmin<int64_t>(32, mi - i)), np,
-                      block_scale(w, panel, t / kChunk), w.stride / 4, t == 0);
+            add_block(at, sums, static_cast<int>(tmin<int64_t>(32, mi - i)), np, block_scale(w, panel, t / kChunk),
+                      w.stride / 4, t == 0);
         }
       }
       for (int64_t i = 0; i < mi; i += 32) {

@@ -6,8 +6,8 @@
 namespace lc {
 
 struct KernelTable {
-  Kernel linear, embedding, rms_norm, add_rms_norm, mla_input, mla_decode, mla_prefill, mlp, route, moe,
-      heads, peak, pack, restrict_tokens, add_bias, penalize, sample, greedy, logprobs;
+  Kernel linear, embedding, rms_norm, add_rms_norm, mla_input, mla_decode, mla_prefill, mlp, route, moe, heads,
+      peak, pack, restrict_tokens, add_bias, penalize, sample, greedy, logprobs;
 };
 
 const KernelTable& kernels_avx2();

@@ -107,8 +107,8 @@ struct ActSlot {
 };
 
 // Writes a tile of fp32 results as bf16 into out[m][col0...], at most `cols` columns wide.
-LC_INLINE void store_tile_bf16(bf16* out, int64_t stride, int64_t cols, int64_t m0, int m, int64_t panel,
-                               int np, const float* c) {
+LC_INLINE void store_tile_bf16(bf16* out, int64_t stride, int64_t cols, int64_t m0, int m, int64_t panel, int np,
+                               const float* c) {
   for (int i = 0; i < m; ++i)
     for (int q = 0; q < np; ++q) {
       const int64_t col = (panel + q) * 16;
@@ -121,8 +121,8 @@ LC_INLINE void store_tile_bf16(bf16* out, int64_t stride, int64_t cols, int64_t 
         vstore_bf16_n(to, v, n);
     }
 }
-LC_INLINE void store_tile_f32(float* out, int64_t stride, int64_t cols, int64_t m0, int m, int64_t panel,
-                              int np, const float* c) {
+LC_INLINE void store_tile_f32(float* out, int64_t stride, int64_t cols, int64_t m0, int m, int64_t panel, int np,
+                              const float* c) {
   for (int i = 0; i < m; ++i)
     for (int q = 0; q < np; ++q) {
       const int64_t col = (panel + q) * 16;

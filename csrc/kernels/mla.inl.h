@@ -62,8 +62,7 @@ void mla_input(const Ctx& ctx, const void* p) {
   // Both projections of x, as one list of panels.
   const Weight& wq = plan.first_q(a);
   const Act xq = plan.x_q.fill(ctx, a.x, a.hidden);
-  const Act xkv =
-      a.kv_a.layout.format == wq.layout.format ? xq : plan.x_kv.fill(ctx, a.x, a.hidden);
+  const Act xkv = a.kv_a.layout.format == wq.layout.format ? xq : plan.x_kv.fill(ctx, a.x, a.hidden);
   float* q_to = a.lora ? plan.qa : plan.q;
   auto store_q = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
     store_tile_f32(q_to, wq.layout.rows, wq.layout.rows, m0, m, panel, np, c);
@@ -100,8 +99,8 @@ void mla_input(const Ctx& ctx, const void* p) {
   // Heads: rope, then absorption by w_kc (decode rows) or plain queries (prefill rows).
   const int64_t dim = s.nope + s.rope;
   const Layout& l = a.w_kc.layout;
-  const Act qh = act_at<Isa>(l.format, plan.absorb.act + ctx.tid * plan.absorb.bytes,
-                             tmax<int64_t>(a.absorbed, 1), s.nope);
+  const Act qh = act_at<Isa>(l.format, plan.absorb.act + ctx.tid * plan.absorb.bytes, tmax<int64_t>(a.absorbed, 1),
+                             s.nope);
   each_unit(ctx, s.heads, l.panels(), [&](int64_t h, int64_t p0, int64_t p1) {
     const Panels w = panels_of(a.w_kc, h);
     float key[1024];
@@ -157,15 +156,17 @@ struct KvTile {
   int64_t value_dim;  // columns; panels cover round_up(value_dim, 16)
 
   static int64_t key_bytes(int64_t key_dim) { return kTileTokens * key_dim * 2; }
-  static int64_t value_bytes(int64_t value_dim) { return round_up(value_dim, 16) * kTileTokens * 2 + 64 * (value_dim / 16 + 1); }
+  static int64_t value_bytes(int64_t value_dim) {
+    return round_up(value_dim, 16) * kTileTokens * 2 + 64 * (value_dim / 16 + 1);
+  }
   int64_t value_stride() const { return kTileTokens * 32 + 64; }  // off the power of two
 
   void pack(const bf16* const* key_rows, const bf16* const* value_rows, int64_t tokens) const {
     const int64_t kstride = key_dim * 32;
     for (int64_t g = 0; g * 16 < tokens; ++g)
       for (int64_t k = 0; k < key_dim / 32; ++k)
-        transpose_block(reinterpret_cast<const uint8_t* const*>(key_rows + g * 16),
-                        static_cast<size_t>(k) * 64, keys + g * kstride + k * 1024);
+        transpose_block(reinterpret_cast<const uint8_t* const*>(key_rows + g * 16), static_cast<size_t>(k) * 64,
+                        keys + g * kstride + k * 1024);
     const int64_t pairs = round_up(tokens, 32) / 2;
     for (int64_t t = 0; t < pairs; ++t)
       for (int64_t c = 0; c < value_dim; c += 16)
@@ -192,8 +193,8 @@ AttendScratch attend_scratch(uint8_t* mem, int64_t rows) {
 
 // One tile: scores, online softmax, weighted values. Row i sees the first visible(i) tokens.
 template <class Isa, class Visible>
-void attend_tile(const Act& q, int64_t rows, const KvTile& kv, int64_t tokens, float scale,
-                 const Visible& visible, const AttendScratch& mem, const AttendState& st) {
+void attend_tile(const Act& q, int64_t rows, const KvTile& kv, int64_t tokens, float scale, const Visible& visible,
+                 const AttendScratch& mem, const AttendState& st) {
   const Panels keys{Format::BF16, kv.keys, kv.key_dim * 32, kv.key_dim / 2, nullptr};
   auto to_scores = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
     for (int i = 0; i < m; ++i)
@@ -261,8 +262,7 @@ LC_INLINE void merge_state(const AttendState& acc, int64_t i, float max, float s
   const float m = tmax(acc.max[i], max);
   const vf a = vset1(exp1(acc.max[i] - m)), b = vset1(exp1(max - m));
   float* to = acc.out + i * acc.width;
-  for (int64_t k = 0; k < acc.width; k += 16)
-    vstore(to + k, vfma(vload(to + k), a, vmul(vload(out + k), b)));
+  for (int64_t k = 0; k < acc.width; k += 16) vstore(to + k, vfma(vload(to + k), a, vmul(vload(out + k), b)));
   acc.sum[i] = acc.sum[i] * exp1(acc.max[i] - m) + sum * exp1(max - m);
   acc.max[i] = m;
 }
@@ -323,9 +323,7 @@ struct MlaDecodePlan {
     state_floats = round_up(state_size(group, width), 16);
     part = b.take<float>(nt * state_floats);
     acc = b.take<float>(nt * state_floats);
-    stored = may_split(a, group, nt)
-                 ? b.take<float>(a.n * a.shape.heads * max_splits * (width + 16))
-                 : nullptr;
+    stored = may_split(a, group, nt) ? b.take<float>(a.n * a.shape.heads * max_splits * (width + 16)) : nullptr;
     latent_act = b.take<uint8_t>(a.shape.heads * act_bytes);
   }
   AttendState state(float* base, int tid) const {
@@ -463,7 +461,8 @@ struct MlaPrefillPlan {
     vt_bytes = kTileTokens * v_pad * 2;
     scratch_bytes = round_up(attend_scratch_bytes<Isa>(kQueryRows), 64);
     state_floats = 2 * rows + rows * v_pad;
-    latents = b.take<uint8_t>(act_size<Isa>(a.kv_b.layout.format, round_up(a.max_context, kTileTokens), a.shape.latent));
+    latents = b.take<uint8_t>(
+        act_size<Isa>(a.kv_b.layout.format, round_up(a.max_context, kTileTokens), a.shape.latent));
     q = b.take<uint8_t>(nt * q_bytes);
     keys = b.take<uint8_t>(nt * round_up(KvTile::key_bytes(key_dim), 64));
     values = b.take<uint8_t>(nt * round_up(KvTile::value_bytes(v_pad), 64));
@@ -485,7 +484,8 @@ void mla_prefill(const Ctx& ctx, const void* p) {
   const Panels w = panels_of(a.kv_b, 0);
 
   const KvTile tile{plan.keys + ctx.tid * round_up(KvTile::key_bytes(plan.key_dim), 64),
-                    plan.values + ctx.tid * round_up(KvTile::value_bytes(plan.v_pad), 64), plan.key_dim, plan.v_pad};
+                    plan.values + ctx.tid * round_up(KvTile::value_bytes(plan.v_pad), 64), plan.key_dim,
+                    plan.v_pad};
   const Act q = act_at<Isa>(Format::BF16, plan.q + ctx.tid * plan.q_bytes, plan.rows, plan.key_dim);
   const AttendScratch mem = attend_scratch<Isa>(plan.scratch + ctx.tid * plan.scratch_bytes, kQueryRows);
   bf16* kt = plan.kt + ctx.tid * plan.kt_bytes / 2;
@@ -561,8 +561,8 @@ void mla_prefill(const Ctx& ctx, const void* p) {
           const int64_t pos = pos0 + r0 + i;
           if (pos + n - 1 < t) continue;  // all of it lies in the future
           const AttendState at{st.max + i, st.sum + i, st.out + i * plan.v_pad, plan.v_pad};
-          attend_tile<Isa>(q.from(i), n, tile, tokens, a.scale,
-                           [&](int64_t r) { return pos + r + 1 - t; }, mem, at);
+          attend_tile<Isa>(
+              q.from(i), n, tile, tokens, a.scale, [&](int64_t r) { return pos + r + 1 - t; }, mem, at);
         }
       }
       for (int64_t i = 0; i < rows; ++i) {

@@ -32,7 +32,8 @@ LC_INLINE int64_t argmax(const float* v, int64_t n) {
 }
 
 // Chooses top_k experts of one row (DeepSeek-V2 and V3 technical reports). `choice` is overwritten.
-LC_INLINE void choose_experts(const RouteArgs& a, const float* scores, float* choice, int32_t* ids, float* weights) {
+LC_INLINE void choose_experts(const RouteArgs& a, const float* scores, float* choice, int32_t* ids,
+                              float* weights) {
   const int64_t experts = a.w.layout.rows, per = experts / a.n_group;
   const float kOut = -__builtin_inff();
   if (a.n_group > 1 && a.topk_group < a.n_group) {
@@ -213,8 +214,7 @@ void moe(const Ctx& ctx, const void* p) {
     x = act_at<Isa>(gl.format, plan.x, plan.rows, hidden);
     const Range r = owned(groups.first[groups.experts], ctx.tid, ctx.nt, 0);
     for (int64_t i = r.begin; i < r.end; ++i)
-      if (groups.token[i] >= 0)
-        act_prepare_row<Isa>(gl.format, x, i, a.x + groups.token[i] * hidden, hidden);
+      if (groups.token[i] >= 0) act_prepare_row<Isa>(gl.format, x, i, a.x + groups.token[i] * hidden, hidden);
     ctx.barrier();
   }
   SharedPlan<Isa>* shared = nullptr;
@@ -237,8 +237,8 @@ void moe(const Ctx& ctx, const void* p) {
       store_gated(plan.gated, inter, inter, row0 + m0, m, panel, np, c);
     };
     const Range pairs = owned_pairs(gl, ctx, turn++);
-    gemm<Isa>(panels_of(a.gate_up, e), pairs.begin, pairs.end, plan.single ? x : x.from(row0),
-              groups.count[e], 2, sink_of(gate));
+    gemm<Isa>(panels_of(a.gate_up, e), pairs.begin, pairs.end, plan.single ? x : x.from(row0), groups.count[e], 2,
+              sink_of(gate));
   }
   ctx.barrier();
 

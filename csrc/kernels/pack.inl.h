@@ -49,7 +49,8 @@ void pack(const Ctx& ctx, const void* p) {
       if (byte_coded(l.format))
         for (int line = 0; line < 16; ++line) to_wide_order(block + line * 64);
       // Byte codes padded to 32 may end with half a block.
-      std::memcpy(panel + blk * 1024, block, static_cast<size_t>(tmin<int64_t>(1024, l.lines() * 64 - blk * 1024)));
+      std::memcpy(panel + blk * 1024, block,
+                  static_cast<size_t>(tmin<int64_t>(1024, l.lines() * 64 - blk * 1024)));
     }
     uint8_t* tail = panel + l.lines() * 64;
     float* scale = reinterpret_cast<float*>(tail);

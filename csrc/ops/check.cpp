@@ -24,9 +24,11 @@ const char* dtype_name(DType t) {
 
 uintptr_t dtype_bytes(DType t) {
   switch (t) {
-    case DType::Int: case DType::Float: return 4;
+    case DType::Int:
+    case DType::Float: return 4;
     case DType::BFloat16: return 2;
-    case DType::Long: case DType::Double: return 8;
+    case DType::Long:
+    case DType::Double: return 8;
     default: return 1;
   }
 }
@@ -48,8 +50,8 @@ std::string layout_text(const Layout& l) {
 }  // namespace
 
 void Call::fail(const char* name, const std::string& expected, const std::string& found) const {
-  throw std::runtime_error(std::string("latentcore::") + op_ + ": argument '" + name + "': expected " +
-                           expected + ", found " + found);
+  throw std::runtime_error(std::string("latentcore::") + op_ + ": argument '" + name + "': expected " + expected +
+                           ", found " + found);
 }
 
 Call::View Call::view(const char* name, const Tensor& t, DType dtype, std::initializer_list<int64_t> shape,
@@ -106,12 +108,14 @@ void Call::apart() const {
     if (!region_[i].written) continue;
     for (int j = 0; j < regions_; ++j)
       if (i != j && region_[i].begin < region_[j].end && region_[j].begin < region_[i].end)
-        fail(region_[i].name, std::string("memory apart from '") + region_[j].name + "'", "memory that overlaps it");
+        fail(region_[i].name, std::string("memory apart from '") + region_[j].name + "'",
+             "memory that overlaps it");
   }
 }
 
 void Call::refuse_capture(const char* name) const {
-  if (run_ && Graph::recording() != nullptr) fail(name, "eager execution: this op cannot be captured", "a capture");
+  if (run_ && Graph::recording() != nullptr)
+    fail(name, "eager execution: this op cannot be captured", "a capture");
 }
 
 void Call::bad_content(const char* name, int64_t row, int64_t low, int64_t high, int64_t found) const {
@@ -133,7 +137,8 @@ Layout Call::layout(const char* name, const Desc& desc) const {
   const Layout l{static_cast<Format>(desc[0]), desc[1], desc[2], desc[3], desc[4]};
   constexpr int64_t kMax = int64_t{1} << 31;
   for (int i = 1; i < 5; ++i)
-    if (desc[i] < 1 || desc[i] > (i == 2 ? 2 : kMax)) fail(name, "sizes in 1..2^31 and parts in 1..2", layout_text(l));
+    if (desc[i] < 1 || desc[i] > (i == 2 ? 2 : kMax))
+      fail(name, "sizes in 1..2^31 and parts in 1..2", layout_text(l));
   // Beyond, a row's compensation (128 times the sum of its weights) would not fit its 32 bits.
   if (l.format == Format::INT8 && l.cols >= 1 << 17) fail(name, "at most 131071 columns in INT8", layout_text(l));
   // Sizes whose product cannot be a real weight are refused before they are multiplied.
@@ -142,8 +147,8 @@ Layout Call::layout(const char* name, const Desc& desc) const {
   return l;
 }
 
-Weight Call::weight(const char* name, const Tensor& t, const Desc& desc, unsigned formats,
-                    const WeightShape& want, bool written) const {
+Weight Call::weight(const char* name, const Tensor& t, const Desc& desc, unsigned formats, const WeightShape& want,
+                    bool written) const {
   const Layout l = layout(name, desc);
   if (!(formats >> desc[0] & 1u)) {
     std::string names;
@@ -160,7 +165,8 @@ Weight Call::weight(const char* name, const Tensor& t, const Desc& desc, unsigne
   const View v = view(name, t, DType::Byte, {l.bytes()}, written);
   if (run_) {
     if (reinterpret_cast<uintptr_t>(v.data) % 64 != 0)
-      fail(name, "memory aligned to 64 bytes", "address ending in " + std::to_string(reinterpret_cast<uintptr_t>(v.data) % 64));
+      fail(name, "memory aligned to 64 bytes",
+           "address ending in " + std::to_string(reinterpret_cast<uintptr_t>(v.data) % 64));
     const Header& h = *static_cast<const Header*>(v.data);
     if (std::memcmp(h.magic, kPackMagic, 8) != 0 || h.version != kPackVersion)
       fail(name, "a packed weight of version " + std::to_string(kPackVersion), "bytes with another header");
@@ -207,8 +213,7 @@ void Call::positive(const char* name, double v) const {
 }
 
 void Call::range(const char* name, int64_t v, int64_t low, int64_t high) const {
-  if (v < low || v > high)
-    fail(name, std::to_string(low) + ".." + std::to_string(high), std::to_string(v));
+  if (v < low || v > high) fail(name, std::to_string(low) + ".." + std::to_string(high), std::to_string(v));
 }
 
 }  // namespace lc

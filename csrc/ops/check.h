@@ -67,8 +67,8 @@ class Call {
   const float* vector(const char* name, const Tensor& t, int64_t n) const {
     return data<const float>(name, t, DType::Float, {n});
   }
-  Weight weight(const char* name, const Tensor& t, const Desc& desc, unsigned formats,
-                const WeightShape& shape, bool written = false) const;
+  Weight weight(const char* name, const Tensor& t, const Desc& desc, unsigned formats, const WeightShape& shape,
+                bool written = false) const;
   // A descriptor's layout, once its numbers are sane.
   Layout layout(const char* name, const Desc& desc) const;
   Cache cache(const char* name, const Tensor& t, bool written) const;
@@ -76,8 +76,8 @@ class Call {
   // within its sequence's table, and the blocks that are read, the last alone or all up to it, must be
   // blocks of the cache.
   enum class Blocks { Last, All };
-  Places places(const Tensor& positions, const Tensor& row_seq, const Tensor& tables, int64_t n, const Cache& cache,
-                int64_t max_position, Blocks blocks) const;
+  Places places(const Tensor& positions, const Tensor& row_seq, const Tensor& tables, int64_t n,
+                const Cache& cache, int64_t max_position, Blocks blocks) const;
   // In eager execution every one of `count` values lies in low..high; `per_row` of them make a row.
   void contents(const char* name, const int32_t* values, int64_t count, int64_t per_row, int64_t low,
                 int64_t high) const;
@@ -118,8 +118,8 @@ class Call {
 };
 
 // Registers op<run> for tensors with data and op<check only> for tensors without.
-#define LC_OP(name, schema)                                                          \
-  STABLE_TORCH_LIBRARY_FRAGMENT(latentcore, m) { m.def(#name schema); }               \
+#define LC_OP(name, schema)                                                                \
+  STABLE_TORCH_LIBRARY_FRAGMENT(latentcore, m) { m.def(#name schema); }                    \
   STABLE_TORCH_LIBRARY_IMPL(latentcore, CPU, m) { m.impl(#name, TORCH_BOX(&name<true>)); } \
   STABLE_TORCH_LIBRARY_IMPL(latentcore, Meta, m) { m.impl(#name, TORCH_BOX(&name<false>)); }
 

@@ -10,8 +10,12 @@ void embedding(Tensor table, Tensor token_ids, Tensor out) {
     const auto t = c.tensor("table", table, DType::BFloat16, {kAny, kAny});
     const auto ids = c.tensor("token_ids", token_ids, DType::Int, {kAny});
     const int64_t n = ids.size(0), hidden = t.size(1);
-    EmbeddingArgs a{static_cast<const uint16_t*>(t.data), static_cast<const int32_t*>(ids.data), t.size(0),
-                    hidden, n, c.output<uint16_t>("out", out, DType::BFloat16, {n, hidden})};
+    EmbeddingArgs a{static_cast<const uint16_t*>(t.data),
+                    static_cast<const int32_t*>(ids.data),
+                    t.size(0),
+                    hidden,
+                    n,
+                    c.output<uint16_t>("out", out, DType::BFloat16, {n, hidden})};
     c.contents("token_ids", a.ids, n, 1, 0, a.vocab - 1);
     c.launch(kernels().embedding, a);
   });
@@ -24,8 +28,13 @@ void rms_norm(Tensor x, Tensor weight, double eps, Tensor out) {
     const auto v = c.tensor("x", x, DType::BFloat16, {kAny, kAny});
     const int64_t n = v.size(0), hidden = v.size(1);
     c.positive("eps", eps);
-    NormArgs a{static_cast<uint16_t*>(v.data), nullptr, c.vector("weight", weight, hidden), n, hidden,
-               static_cast<float>(eps), c.output<uint16_t>("out", out, DType::BFloat16, {n, hidden})};
+    NormArgs a{static_cast<uint16_t*>(v.data),
+               nullptr,
+               c.vector("weight", weight, hidden),
+               n,
+               hidden,
+               static_cast<float>(eps),
+               c.output<uint16_t>("out", out, DType::BFloat16, {n, hidden})};
     c.launch(kernels().rms_norm, a);
   });
 }
@@ -39,7 +48,10 @@ void add_rms_norm(Tensor residual, Tensor delta, Tensor weight, double eps, Tens
     c.positive("eps", eps);
     NormArgs a{static_cast<uint16_t*>(v.data),
                c.data<const uint16_t>("delta", delta, DType::BFloat16, {n, hidden}),
-               c.vector("weight", weight, hidden), n, hidden, static_cast<float>(eps),
+               c.vector("weight", weight, hidden),
+               n,
+               hidden,
+               static_cast<float>(eps),
                c.output<uint16_t>("out", out, DType::BFloat16, {n, hidden})};
     c.launch(kernels().add_rms_norm, a);
   });

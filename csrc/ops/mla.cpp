@@ -20,7 +20,8 @@ void finish_input(const Call& c, MlaInputArgs& a, const Tensor& kv_a, const Desc
   c.range("rope_table[1]", s.rope, 2, kMaxRope);
   if (s.rope % 2 != 0) c.fail("rope_table", "an even rope dimension", std::to_string(s.rope));
   a.shape = s;
-  a.kv_a = c.weight("kv_a", kv_a, kv_a_desc, kLinearFormats, {.batch = 1, .rows = s.latent + s.rope, .cols = a.hidden});
+  a.kv_a = c.weight("kv_a", kv_a, kv_a_desc, kLinearFormats,
+                    {.batch = 1, .rows = s.latent + s.rope, .cols = a.hidden});
   a.kv_norm = c.vector("kv_a_norm", kv_norm, s.latent);
   c.positive("eps", eps);
   a.eps = static_cast<float>(eps);
@@ -38,8 +39,8 @@ void finish_input(const Call& c, MlaInputArgs& a, const Tensor& kv_a, const Desc
 template <bool Run>
 void mla_input_lora(Tensor x, Tensor q_a, Desc q_a_desc, Tensor q_a_norm, Tensor q_b, Desc q_b_desc, Tensor kv_a,
                     Desc kv_a_desc, Tensor kv_a_norm, Tensor w_kc, Desc w_kc_desc, double eps, Tensor rope_table,
-                    Tensor positions, Tensor row_seq, Tensor block_tables, Tensor cache, int64_t absorbed, Tensor q,
-                    Tensor q_latent) {
+                    Tensor positions, Tensor row_seq, Tensor block_tables, Tensor cache, int64_t absorbed,
+                    Tensor q, Tensor q_latent) {
   checked("mla_input_lora", Run, [&](const Call& c) {
     const auto v = c.tensor("x", x, DType::BFloat16, {kAny, kAny});
     MlaInputArgs a{};
@@ -51,8 +52,9 @@ void mla_input_lora(Tensor x, Tensor q_a, Desc q_a_desc, Tensor q_a_norm, Tensor
     a.q_norm = c.vector("q_a_norm", q_a_norm, a.q_a.layout.rows);
     finish_input(c, a, kv_a, kv_a_desc, kv_a_norm, w_kc, w_kc_desc, eps, rope_table, positions, row_seq,
                  block_tables, cache, absorbed, q, q_latent);
-    a.q_b = c.weight("q_b", q_b, q_b_desc, kLinearFormats,
-                     {.batch = 1, .rows = a.shape.heads * (a.shape.nope + a.shape.rope), .cols = a.q_a.layout.rows});
+    a.q_b = c.weight(
+        "q_b", q_b, q_b_desc, kLinearFormats,
+        {.batch = 1, .rows = a.shape.heads * (a.shape.nope + a.shape.rope), .cols = a.q_a.layout.rows});
     c.launch(kernels().mla_input, a);
   });
 }
@@ -92,7 +94,8 @@ void mla_decode_attention(Tensor q_latent, Tensor w_vc, Desc w_vc_desc, Tensor p
     a.w_vc = c.weight("w_vc", w_vc, w_vc_desc, kHeadFormats, {});
     const Layout& l = a.w_vc.layout;
     a.cache = c.cache("cache", cache, false);
-    if (a.cache.dim < l.cols) c.fail("cache", "rows of at least " + std::to_string(l.cols), std::to_string(a.cache.dim));
+    if (a.cache.dim < l.cols)
+      c.fail("cache", "rows of at least " + std::to_string(l.cols), std::to_string(a.cache.dim));
     const auto v = c.tensor("q_latent", q_latent, DType::BFloat16, {kAny, l.batch, a.cache.dim});
     a.q_latent = static_cast<const uint16_t*>(v.data);
     a.n = v.size(0);
@@ -109,9 +112,9 @@ LC_OP(mla_decode_attention,
       "Tensor cache, float scale, Tensor(a!) out) -> ()")
 
 template <bool Run>
-void mla_prefill_attention(Tensor q, Tensor kv_b, Desc kv_b_desc, Tensor segments, Tensor block_tables, Tensor cache,
-                           int64_t kv_lora_rank, int64_t qk_rope_head_dim, int64_t v_head_dim, double scale,
-                           Tensor out) {
+void mla_prefill_attention(Tensor q, Tensor kv_b, Desc kv_b_desc, Tensor segments, Tensor block_tables,
+                           Tensor cache, int64_t kv_lora_rank, int64_t qk_rope_head_dim, int64_t v_head_dim,
+                           double scale, Tensor out) {
   checked("mla_prefill_attention", Run, [&](const Call& c) {
     const auto v = c.tensor("q", q, DType::BFloat16, {kAny, kAny, kAny});
     MlaPrefillArgs a{};
@@ -126,7 +129,8 @@ void mla_prefill_attention(Tensor q, Tensor kv_b, Desc kv_b_desc, Tensor segment
                       {.batch = 1, .rows = heads * (nope + v_head_dim), .cols = kv_lora_rank});
     a.cache = c.cache("cache", cache, false);
     if (a.cache.dim < kv_lora_rank + qk_rope_head_dim)
-      c.fail("cache", "rows of at least " + std::to_string(kv_lora_rank + qk_rope_head_dim), std::to_string(a.cache.dim));
+      c.fail("cache", "rows of at least " + std::to_string(kv_lora_rank + qk_rope_head_dim),
+             std::to_string(a.cache.dim));
     const auto t = c.tensor("block_tables", block_tables, DType::Int, {kAny, kAny});
     a.places = {nullptr, nullptr, static_cast<const int32_t*>(t.data), t.size(1)};
     const auto s = c.tensor("segments", segments, DType::Int, {kAny, 4});
@@ -140,13 +144,15 @@ void mla_prefill_attention(Tensor q, Tensor kv_b, Desc kv_b_desc, Tensor segment
     for (int64_t i = 0; i < a.segment_count; ++i) {
       const int32_t* g = a.segments + i * 4;
       if (g[0] < 0 || g[1] < 1 || int64_t{g[0]} + g[1] > a.n || g[2] < 0 || g[2] >= t.size(0) || g[3] < 0)
-        c.fail("segments", "[row, rows, sequence, position] within " + std::to_string(a.n) + " rows and " +
-                               std::to_string(t.size(0)) + " sequences",
+        c.fail("segments",
+               "[row, rows, sequence, position] within " + std::to_string(a.n) + " rows and " +
+                   std::to_string(t.size(0)) + " sequences",
                "[" + std::to_string(g[0]) + ", " + std::to_string(g[1]) + ", " + std::to_string(g[2]) + ", " +
                    std::to_string(g[3]) + "]");
       const int64_t context = int64_t{g[3]} + g[1];
       if (context > t.size(1) * a.cache.block_size)
-        c.fail("segments", "a context within the block table's " + std::to_string(t.size(1) * a.cache.block_size) + " tokens",
+        c.fail("segments",
+               "a context within the block table's " + std::to_string(t.size(1) * a.cache.block_size) + " tokens",
                std::to_string(context));
       const int32_t* row = a.places.block_tables + g[2] * t.size(1);
       for (int64_t b = 0; b < ceil_div(context, a.cache.block_size); ++b)
@@ -159,14 +165,15 @@ void mla_prefill_attention(Tensor q, Tensor kv_b, Desc kv_b_desc, Tensor segment
   });
 }
 LC_OP(mla_prefill_attention,
-      "(Tensor q, Tensor kv_b, int[] kv_b_desc, Tensor segments, Tensor block_tables, Tensor cache, int kv_lora_rank, "
+      "(Tensor q, Tensor kv_b, int[] kv_b_desc, Tensor segments, Tensor block_tables, Tensor cache, int "
+      "kv_lora_rank, "
       "int qk_rope_head_dim, int v_head_dim, float scale, Tensor(a!) out) -> ()")
 
 // Copies a step's inputs into its fixed buffers, checking every value on the way.
 template <bool Run>
 void load_step(Tensor token_ids, Tensor positions, Tensor row_seq, Tensor block_tables, int64_t vocab_size,
-               int64_t num_blocks, int64_t block_size, int64_t max_position, Tensor token_ids_to, Tensor positions_to,
-               Tensor row_seq_to, Tensor block_tables_to) {
+               int64_t num_blocks, int64_t block_size, int64_t max_position, Tensor token_ids_to,
+               Tensor positions_to, Tensor row_seq_to, Tensor block_tables_to) {
   checked("load_step", Run, [&](const Call& c) {
     const auto ids = c.tensor("token_ids", token_ids, DType::Int, {kAny});
     const int64_t n = ids.size(0);

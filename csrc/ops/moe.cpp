@@ -21,8 +21,17 @@ void route_softmax(Tensor x, Tensor w, Desc w_desc, int64_t n_group, int64_t top
     const int64_t n = v.size(0);
     check_groups(c, weight.layout.rows, n_group, topk_group, top_k);
     c.positive("factor", factor);
-    RouteArgs a{static_cast<const uint16_t*>(v.data), n, weight, nullptr, n_group, topk_group, top_k, false,
-                normalize, static_cast<float>(factor), c.output<int32_t>("ids", ids, DType::Int, {n, top_k}),
+    RouteArgs a{static_cast<const uint16_t*>(v.data),
+                n,
+                weight,
+                nullptr,
+                n_group,
+                topk_group,
+                top_k,
+                false,
+                normalize,
+                static_cast<float>(factor),
+                c.output<int32_t>("ids", ids, DType::Int, {n, top_k}),
                 c.output<float>("weights", weights, DType::Float, {n, top_k})};
     c.launch(kernels().route, a);
   });
@@ -40,8 +49,16 @@ void route_sigmoid(Tensor x, Tensor w, Desc w_desc, Tensor bias, int64_t n_group
     const int64_t n = v.size(0);
     check_groups(c, weight.layout.rows, n_group, topk_group, top_k);
     c.positive("factor", factor);
-    RouteArgs a{static_cast<const uint16_t*>(v.data), n, weight, c.vector("bias", bias, weight.layout.rows),
-                n_group, topk_group, top_k, true, normalize, static_cast<float>(factor),
+    RouteArgs a{static_cast<const uint16_t*>(v.data),
+                n,
+                weight,
+                c.vector("bias", bias, weight.layout.rows),
+                n_group,
+                topk_group,
+                top_k,
+                true,
+                normalize,
+                static_cast<float>(factor),
                 c.output<int32_t>("ids", ids, DType::Int, {n, top_k}),
                 c.output<float>("weights", weights, DType::Float, {n, top_k})};
     c.launch(kernels().route, a);

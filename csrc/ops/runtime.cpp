@@ -31,9 +31,7 @@ std::string cpu_features_text() {
   add(f.amx, "amx");
   return s;
 }
-int64_t packed_bytes(Desc d) {
-  return Call("packed_bytes", true).layout("desc", d).bytes();
-}
+int64_t packed_bytes(Desc d) { return Call("packed_bytes", true).layout("desc", d).bytes(); }
 void release_scratch() { Team::get().release_scratch(); }
 
 // Captured graphs by handle.

@@ -69,12 +69,13 @@ void add_bias(Tensor logits, Tensor offsets, Tensor token_ids, Tensor bias) {
     const auto ids = c.tensor("token_ids", token_ids, DType::Int, {kAny});
     const int64_t m = ids.size(0);
     c.refuse_capture("logits");
-    BiasArgs a{l.data,
-               l.n,
-               l.vocab,
-               offsets_of(c, offsets, l.n, m),
-               static_cast<const int32_t*>(ids.data),
-               parameter(c, "bias", bias, m, "a finite number or -inf", [](float v) { return v < __builtin_inff(); })};
+    BiasArgs a{
+        l.data,
+        l.n,
+        l.vocab,
+        offsets_of(c, offsets, l.n, m),
+        static_cast<const int32_t*>(ids.data),
+        parameter(c, "bias", bias, m, "a finite number or -inf", [](float v) { return v < __builtin_inff(); })};
     c.contents("token_ids", a.token_ids, m, 1, 0, l.vocab - 1);
     if (m > 0) c.launch(kernels().add_bias, a);
   });
@@ -103,7 +104,8 @@ void penalize(Tensor logits, Tensor offsets, Tensor output_offsets, Tensor token
     for (int64_t i = 0; c.runs() && i < l.n; ++i)
       if (a.output_offsets[i] < a.offsets[i] || a.output_offsets[i] > a.offsets[i + 1])
         c.fail("output_offsets",
-               std::to_string(a.offsets[i]) + ".." + std::to_string(a.offsets[i + 1]) + " at row " + std::to_string(i),
+               std::to_string(a.offsets[i]) + ".." + std::to_string(a.offsets[i + 1]) + " at row " +
+                   std::to_string(i),
                std::to_string(a.output_offsets[i]));
     if (m > 0) c.launch(kernels().penalize, a);
   });
@@ -113,8 +115,8 @@ LC_OP(penalize,
       "Tensor presence, Tensor frequency) -> ()")
 
 template <bool Run>
-void sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, Tensor counters,
-            Tensor token_ids, Tensor logprobs) {
+void sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds,
+            Tensor counters, Tensor token_ids, Tensor logprobs) {
   checked("sample", Run, [&](const Call& c) {
     const Rows l = rows_of(c, logits, false);
     c.refuse_capture("logits");
@@ -133,9 +135,10 @@ void sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tenso
     if (l.n > 0) c.launch(kernels().sample, a);
   });
 }
-LC_OP(sample,
-      "(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, Tensor counters, "
-      "Tensor(a!) token_ids, Tensor(b!) logprobs) -> ()")
+LC_OP(
+    sample,
+    "(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, Tensor counters, "
+    "Tensor(a!) token_ids, Tensor(b!) logprobs) -> ()")
 
 template <bool Run>
 void greedy(Tensor logits, Tensor token_ids) {

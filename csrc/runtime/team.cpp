@@ -181,8 +181,7 @@ Team& Team::get() {
 }
 
 void Team::resize(int n) {
-  if (n < 1 || n > 1024)
-    throw std::invalid_argument("threads must be in 1..1024, got " + std::to_string(n));
+  if (n < 1 || n > 1024) throw std::invalid_argument("threads must be in 1..1024, got " + std::to_string(n));
   std::lock_guard<std::mutex> lock(impl_->mutex);
   if (n == n_) return;
   impl_->join();
@@ -193,8 +192,7 @@ void Team::resize(int n) {
 void Team::run(const Node* nodes, size_t count) {
   std::lock_guard<std::mutex> lock(impl_->mutex);
   size_t need = 0;
-  for (size_t i = 0; i < count; ++i)
-    need = std::max(need, nodes[i].kernel->scratch(nodes[i].args, n_));
+  for (size_t i = 0; i < count; ++i) need = std::max(need, nodes[i].kernel->scratch(nodes[i].args, n_));
   reserve(need);
   impl_->scratch = scratch_;
   impl_->nodes = nodes;
