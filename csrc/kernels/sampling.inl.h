@@ -198,7 +198,8 @@ struct Count16 {
 // above[j] += the weight of the values above pivot[j], and total that of all.
 constexpr int kPivots = 7;
 template <class W>
-LC_INLINE void add_above(const float* x, int64_t n, const float* pivot, const W& weight, double* above, double* total) {
+LC_INLINE void add_above(const float* x, int64_t n, const float* pivot, const W& weight, double* above,
+                         double* total) {
   for (int64_t begin = 0; begin < n; begin += kChunk) {
     vf at[kPivots], sum[kPivots + 1];
     LC_UNROLL
@@ -294,7 +295,7 @@ struct SamplePlan {
   float* least;     // a row: the smallest logit kept
   float* list;      // a chunk: kChunk
 
-  // Rows are sampled as many at a time as there are threads.
+  // No more rows are sampled at a time than there are threads.
   SamplePlan(Bump& b, const SampleArgs& a, int nt) {
     const int64_t units = nt * Chunks(a.vocab).per_row;
     top = b.take<float>(units);
@@ -338,6 +339,7 @@ struct SampleRow {
     least = p.least + slot;
     list = p.list + unit * kChunk;
   }
+  bool exists() const { return true; }
   bool draws() const { return temperature > 0.0f; }
   bool ranks() const { return top_k > 0 && top_k < a.vocab; }
   bool filters() const { return draws() && (ranks() || top_p < 1.0f); }
@@ -358,6 +360,19 @@ struct SampleRow {
     for (int j = 0; j < kPivots; ++j) at[j] = tmax(m - step * kBelow[j], kLowest);
   }
 
+  // All steps in order, by one thread.
+  void run() const {
+    const int64_t all = chunks.per_row;
+    find_largest(0, all);
+    if (draws()) weigh(0, all);
+    if (filters()) {
+      collect(0, all);
+      decide();
+      weigh_kept(0, all);
+    }
+    choose();
+  }
+  void find_largest(int64_t c0, int64_t c1) const { largest_of_chunks(chunks, x, c0, c1, top); }
   // Without a filter, weighs what is kept; else what lies above the pivots.
   void weigh(int64_t c0, int64_t c1) const {
     const Weight16 w = weight(floor());
@@ -479,42 +494,38 @@ struct SampleRow {
   }
 };
 
+// As many rows as all threads have alike are each sampled by one thread, without waiting for others; the
+// threads share the chunks of those left over.
 void sample(const Ctx& ctx, const void* p) {
   const auto& a = *static_cast<const SampleArgs*>(p);
   Bump b{ctx.scratch};
   const SamplePlan plan(b, a, ctx.nt);
+  const int64_t rest = a.n % ctx.nt, whole = a.n - rest;
+  for (int64_t i = ctx.tid; i < whole; i += ctx.nt) SampleRow(a, plan, i, ctx.tid).run();
+  if (rest == 0) return;
+  ctx.barrier();
   const Chunks chunks(a.vocab);
-  for (int64_t first = 0; first < a.n; first += ctx.nt) {
-    const int64_t rows = tmin<int64_t>(ctx.nt, a.n - first);
-    const auto row = [&](int64_t slot) { return SampleRow(a, plan, first + slot, slot); };
-    const auto any = [&](bool (SampleRow::*wants)() const) {
-      for (int64_t slot = 0; slot < rows; ++slot)
-        if ((row(slot).*wants)()) return true;
-      return false;
-    };
-    // A step over the chunks of those rows that want it.
-    const auto step = [&](bool (SampleRow::*wants)() const, void (SampleRow::*run)(int64_t, int64_t) const) {
-      chunks.share(ctx, rows, [&](int64_t slot, int64_t c0, int64_t c1) {
-        const SampleRow r = row(slot);
-        if ((r.*wants)()) (r.*run)(c0, c1);
-      });
-      ctx.barrier();
-    };
-    chunks.share(ctx, rows, [&](int64_t slot, int64_t c0, int64_t c1) {
+  const auto row = [&](int64_t slot) { return SampleRow(a, plan, whole + slot, slot); };
+  // A step over the chunks of those rows that want it; none waits where no row does.
+  using Wants = bool (SampleRow::*)() const;
+  const auto step = [&](Wants wants, void (SampleRow::*take)(int64_t, int64_t) const) {
+    bool any = false;
+    for (int64_t slot = 0; slot < rest; ++slot) any |= (row(slot).*wants)();
+    if (!any) return;
+    chunks.share(ctx, rest, [&](int64_t slot, int64_t c0, int64_t c1) {
       const SampleRow r = row(slot);
-      largest_of_chunks(chunks, r.x, c0, c1, r.top);
+      if ((r.*wants)()) (r.*take)(c0, c1);
     });
     ctx.barrier();
-    if (any(&SampleRow::draws)) step(&SampleRow::draws, &SampleRow::weigh);
-    if (any(&SampleRow::filters)) {
-      step(&SampleRow::filters, &SampleRow::collect);
-      if (ctx.tid < rows && row(ctx.tid).filters()) row(ctx.tid).decide();
-      ctx.barrier();
-      step(&SampleRow::filters, &SampleRow::weigh_kept);
-    }
-    if (ctx.tid < rows) row(ctx.tid).choose();
-    ctx.barrier();
-  }
+  };
+  const bool owns = ctx.tid < rest;
+  step(&SampleRow::exists, &SampleRow::find_largest);
+  step(&SampleRow::draws, &SampleRow::weigh);
+  step(&SampleRow::filters, &SampleRow::collect);
+  if (owns && row(ctx.tid).filters()) row(ctx.tid).decide();
+  ctx.barrier();
+  step(&SampleRow::filters, &SampleRow::weigh_kept);
+  if (owns) row(ctx.tid).choose();
 }
 
 // ---- logprobs
