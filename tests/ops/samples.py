@@ -418,7 +418,7 @@ def _moe(
             "down": reference.pack([[last] for _, _, last in stack]),
         }
         formats = [gate_up, down]
-        call = moe.moe
+        call: Callable[..., None] = moe.moe
         if shared is not None:
             call = moe.moe_shared
             formats += shared[:2]
@@ -898,9 +898,9 @@ def _sample(vocab: int, n: int) -> Callable[[torch.Generator], Case]:
         counters = torch.arange(n) * 7
         ids, logprobs = torch.zeros(n, dtype=torch.int32), torch.zeros(n, dtype=F64)
         for i in range(n):
-            settings = [float(t[i]) for t in (temperature, top_k, top_p, min_p)]
+            temp, keep, share, least = (float(t[i]) for t in (temperature, top_k, top_p, min_p))
             at = reference.uniform(int(seeds[i]), int(counters[i]))
-            ids[i], logprobs[i] = reference.sample(logits[i].to(F64), *settings, at)
+            ids[i], logprobs[i] = reference.sample(logits[i].to(F64), temp, keep, share, least, at)
         arguments = {
             "logits": logits,
             "temperature": temperature,
@@ -985,6 +985,7 @@ def _packing(
         if tail:
             after[begin + len(whole) - tail : begin + len(whole)] = ours[len(whole) - tail :]
         arguments: dict[str, Any] = {"dst": dst, "item": item, "part": part, "w": m.codes}
+        call: Callable[..., None]
         if fmt == Format.F32:
             call = packing.pack_f32
         elif fmt == Format.BF16:

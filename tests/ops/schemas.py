@@ -51,7 +51,8 @@ def home(name: str) -> ModuleType:
 
 def wrapper(name: str) -> Callable[..., None]:
     """The Python function of an op."""
-    return getattr(home(name), name)
+    function: Callable[..., None] = getattr(home(name), name)
+    return function
 
 
 def expanded(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

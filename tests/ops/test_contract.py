@@ -197,7 +197,7 @@ def test_symbolic_shapes_pass_quietly(sample: Sample, capfd: pytest.CaptureFixtu
     names = list(tensors(arguments))
 
     def symbolic(mode: FakeTensorMode, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * tensor.dim())
+        context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * tensor.dim())
         fake = mode.from_tensor(tensor, symbolic_context=context, source=ConstantSource(name))
         assert any(isinstance(size, torch.SymInt) for size in fake.shape)
         return fake

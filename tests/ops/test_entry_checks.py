@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from latentcore.ops import dense, mla
 from latentcore.quant.packed import Format, PackedWeight
 from tests.ops import samples, schemas
+from tests.ops.reference import Matrix
 from tests.ops.samples import SAMPLES, Case, bits
 
 EXAMPLES = settings(
@@ -119,7 +120,7 @@ def wrong_tensors(op: str, name: str, t: torch.Tensor) -> Iterator[Break]:
     if t.numel() > 1:
         yield wrong(spread, t)
     yield wrong(t.to, "meta", blames=False, fake="none")
-    for value in (None, 1.0, "x", [t], samples.one(samples.Matrix(Format.F32, torch.zeros(1, 1)))):
+    for value in (None, 1.0, "x", [t], samples.one(Matrix(Format.F32, torch.zeros(1, 1)))):
         yield wrong(the, value, fake="none")
 
 
@@ -187,11 +188,11 @@ def wrong_weights(op: str, name: str, w: PackedWeight) -> Iterator[Break]:
 
 def wrong_numbers(name: str, value: Any, case: Case) -> Iterator[Break]:
     if isinstance(value, float):
-        for bad in (0.0, -1.0, math.nan, math.inf, -math.inf):
-            yield wrong(the, bad)
+        for number in (0.0, -1.0, math.nan, math.inf, -math.inf):
+            yield wrong(the, number)
     elif not isinstance(value, bool):
-        for bad in (-1, 2**40, -(2**40)):
-            yield wrong(the, bad, blames=False)
+        for number in (-1, 2**40, -(2**40)):
+            yield wrong(the, number, blames=False)
         if name not in ("absorbed", "item", "part"):
             yield wrong(the, 0, blames=False)
         if name == "absorbed":
@@ -267,8 +268,8 @@ def wrong_contents(op: str, name: str, case: Case, row: int) -> Iterator[Break]:
         "top_p": (-0.1, 1.1, math.nan),
         "min_p": (-0.1, 1.1, math.nan),
     }
-    for bad in floats.get(name, ()):
-        yield wrong(planted, t, (row % t.numel(),), bad, fake="passes")
+    for number in floats.get(name, ()):
+        yield wrong(planted, t, (row % t.numel(),), number, fake="passes")
 
 
 def _vocabulary(op: str, a: Mapping[str, Any]) -> int:
@@ -339,14 +340,14 @@ def test_one_wrong_argument_is_an_error(op: str, name: str, data: st.DataObject)
     chosen = options[data.draw(st.integers(0, len(options) - 1))]
     value = chosen.make()
     arguments = case.fresh() | {name: value}
-    before = {k: bits(getattr(v, "data", v)).clone() for k, v in tensors_of(arguments).items()}
+    before = {key: bits(t).clone() for key, t in tensors_of(arguments).items()}
 
     found = message(lambda: case.call(**arguments))
 
     assert found is not None, f"{name} = {value!r} passed"
     check_names(op, name, case, chosen, found)
-    for key, value in tensors_of(arguments).items():
-        assert torch.equal(bits(getattr(value, "data", value)), before[key]), f"{key} was written"
+    for key, t in tensors_of(arguments).items():
+        assert torch.equal(bits(t), before[key]), f"{key} was written"
     if chosen.fake != "none":
         mode = FakeTensorMode()
         with mode:
@@ -355,10 +356,10 @@ def test_one_wrong_argument_is_an_error(op: str, name: str, data: st.DataObject)
         assert on_fakes == (found if chosen.fake == "same" else None)
 
 
-def tensors_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Tensors and packed weights that have contents."""
+def tensors_of(arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Tensors, and those of packed weights, that have contents."""
     values = {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor | PackedWeight)}
-    return {k: v for k, v in values.items() if getattr(v, "data", v).device.type == "cpu"}
+    return {k: v.data for k, v in values.items() if v.data.device.type == "cpu"}
 
 
 def check_names(op: str, name: str, case: Case, chosen: Break, found: str) -> None:
