@@ -8,6 +8,7 @@ tips over changes a token beyond all measure, in the yardstick as in ours.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from oracle.distance import errors, gap, widest
 from oracle.families import FAMILIES, FORMATS, Family, dequantized, in_format, prompt
 from oracle.model import Model
 from oracle.quantizers import Tensors
-from oracle.running import Sequences, loaded, run
+from oracle.running import Piece, Sequences, loaded, run
 
 from latentcore.ops import runtime
 
@@ -35,6 +36,8 @@ GENERATED = 16
 """Lengths of the prompts that are continued greedily, and by how many tokens."""
 
 TIERS = [tier for tier in ("avx2", "avx512", "amx") if tier in runtime.cpu_features()]
+OLDER = ("avx512-cascadelake", "avx512-icelake", "avx512-cooperlake")
+"""Processors of the AVX-512 tier that lack BF16 instructions, VBMI, or both."""
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,7 @@ class Oracle:
         config, tensors = family.config, family.stored(fmt)
         self.absorbed_differs = fmt in ("int8", "mixed")
         self._known: dict[tuple[int, int], Truth] = {}
+        self._continued: dict[int, tuple[list[int], Truth]] = {}
         self._exact: Callable[[list[int], int], torch.Tensor]
         self._rough: Callable[[list[int], int], torch.Tensor]
         if fmt == "bf16":
@@ -87,9 +91,9 @@ class Oracle:
             self._exact = Model(config, tensors).logits
             self._rough = Model(config, tensors, rounding=True).logits
 
-    def prompt(self, length: int, *, absorbed: bool) -> Truth:
-        """For the prompt of `length` tokens, all of it attended absorbed, or none."""
-        absorbed_from = 0 if absorbed and self.absorbed_differs else length
+    def prompt(self, length: int, *, absorbed_last: int) -> Truth:
+        """For the prompt of `length` tokens, of which the last ones attend absorbed."""
+        absorbed_from = length - (absorbed_last if self.absorbed_differs else 0)
         key = (length, absorbed_from)
         if key not in self._known:
             self._known[key] = self._truth(prompt(length), absorbed_from)
@@ -97,10 +101,12 @@ class Oracle:
 
     def continuation(self, length: int) -> tuple[list[int], Truth]:
         """The prompt with GENERATED tokens more, each the truth's best; and their truth."""
-        ids = prompt(length)
-        for _ in range(GENERATED):
-            ids = [*ids, int(self._exact(ids, length)[-1].argmax())]
-        return ids, self._truth(ids, length)
+        if length not in self._continued:
+            ids = prompt(length)
+            for _ in range(GENERATED):
+                ids = [*ids, int(self._exact(ids, length)[-1].argmax())]
+            self._continued[length] = (ids, self._truth(ids, length))
+        return self._continued[length]
 
     def _truth(self, ids: list[int], absorbed_from: int) -> Truth:
         return Truth(self._exact(ids, absorbed_from), self._rough(ids, absorbed_from))
@@ -138,12 +144,12 @@ def medians(
 
 
 def prefill_medians(path: Path, name: str, fmt: str) -> tuple[torch.Tensor, torch.Tensor]:
-    truths = [oracle(name, fmt).prompt(n, absorbed=False) for n in LENGTHS]
+    truths = [oracle(name, fmt).prompt(n, absorbed_last=0) for n in LENGTHS]
     return medians(prefill(path), truths)
 
 
 def decode_medians(path: Path, name: str, fmt: str) -> tuple[torch.Tensor, torch.Tensor]:
-    truths = [oracle(name, fmt).prompt(n, absorbed=True) for n in DECODED]
+    truths = [oracle(name, fmt).prompt(n, absorbed_last=n) for n in DECODED]
     return medians(decode(path), truths)
 
 
@@ -160,7 +166,7 @@ every_tier = pytest.mark.parametrize("tier", TIERS)
 @every_model
 def test_the_yardstick_is_a_few_hundredths(name: str, fmt: str) -> None:
     # Far more, and it would hide mistakes; far less, and it would ask for the impossible.
-    typical = oracle(name, fmt).prompt(200, absorbed=False).errors.median()
+    typical = oracle(name, fmt).prompt(200, absorbed_last=0).errors.median()
     assert 0.01 < typical < (0.08 if fmt in ("bf16", "fp8") else 0.25)
 
 
@@ -169,7 +175,7 @@ def test_the_yardstick_is_a_few_hundredths(name: str, fmt: str) -> None:
 def test_prefill(name: str, fmt: str, tier: str, folder: Folder) -> None:
     with runtime.forced_tier(tier):
         ours = prefill(folder(name, fmt))
-    truths = [oracle(name, fmt).prompt(n, absorbed=False) for n in LENGTHS]
+    truths = [oracle(name, fmt).prompt(n, absorbed_last=0) for n in LENGTHS]
     found, allowed = medians(ours, truths)
     assert found <= SLACK * allowed
     found, allowed = medians(ours[-1:], truths[-1:])
@@ -185,20 +191,33 @@ def test_decode(name: str, fmt: str, tier: str, folder: Folder) -> None:
         assert found <= SLACK * allowed
         # The same tokens in one go: within the sum of both paths' bounds.
         decoded, at_once = decode(path)[-1], prefill(path)[-1]
-    both = allowed + oracle(name, fmt).prompt(LENGTHS[-1], absorbed=False).errors.median()
+    both = allowed + oracle(name, fmt).prompt(LENGTHS[-1], absorbed_last=0).errors.median()
     assert errors(decoded, at_once).median() <= SLACK * both
 
 
+@pytest.mark.skipif("avx512" not in TIERS, reason="this CPU has no AVX-512")
+@pytest.mark.parametrize("processor", OLDER)
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("name", ["v2-lite", "v3-wide", "odd-sizes"])
+def test_older_processors(name: str, fmt: str, processor: str, folder: Folder) -> None:
+    path = folder(name, fmt)
+    with runtime.forced_tier(processor):
+        for measure in (prefill_medians, decode_medians):
+            found, allowed = measure(path, name, fmt)
+            assert found <= SLACK * allowed
+
+
+@every_tier
 @every_model
-def test_greedy_continuation(name: str, fmt: str, folder: Folder) -> None:
+def test_greedy_continuation(name: str, fmt: str, tier: str, folder: Folder) -> None:
     """Wherever the best token leads by more than the error, it is ours too."""
     continuations = [oracle(name, fmt).continuation(n) for n in CONTINUED]
     ours = []
-    with loaded(folder(name, fmt)) as runner:
+    with runtime.forced_tier(tier), loaded(folder(name, fmt)) as runner:
         for length, (ids, _) in zip(CONTINUED, continuations, strict=True):
             sequence = Sequences(runner, 1)
-            rows = [sequence.step({0: ids[:length]}, "prefill")[0][-1:]]
-            rows += [sequence.step({0: [token]}, "decode")[0] for token in ids[length:-1]]
+            rows = [sequence.step(Piece(0, ids[:length], "prefill"))[0][-1:]]
+            rows += [sequence.step(Piece(0, [t], "decode"))[0] for t in ids[length:-1]]
             ours.append(torch.cat(rows))
     best = [t.logits[n - 1 : -1] for n, (_, t) in zip(CONTINUED, continuations, strict=True)]
     agree = torch.cat(ours).argmax(dim=-1) == torch.cat(best).argmax(dim=-1)
@@ -214,6 +233,25 @@ def test_greedy_continuation(name: str, fmt: str, folder: Folder) -> None:
     excused = clear & (torch.cat(rough).argmax(dim=-1) != torch.cat(best).argmax(dim=-1))
     allowed = 0 if steady else SLACK * int(excused.sum()) + 0.15 * int(clear.sum())
     assert int((clear & ~agree).sum()) <= allowed
+
+
+@every_tier
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_long_contexts(fmt: str, tier: str, folder: Folder) -> None:
+    """Over a thousand tokens: attention in several splits, chunks on top of a long cache."""
+    name, length, generated = "long", 1100, 40
+    ids, known = prompt(length), oracle(name, fmt)
+    with runtime.forced_tier(tier), loaded(folder(name, fmt), max_length=1152) as runner:
+        sequence = Sequences(runner, 1)
+        cuts = (0, 500, 1000, length - generated)
+        ours = [
+            sequence.step(Piece(0, ids[a:b], "prefill"))[0] for a, b in itertools.pairwise(cuts)
+        ]
+        ours += [sequence.step(Piece(0, [t], "decode"))[0] for t in ids[-generated:]]
+    truth = known.prompt(length, absorbed_last=generated)
+    for part in (slice(None), slice(-generated, None), slice(500, 600)):
+        found = errors(torch.cat(ours)[part], truth.logits[part]).median()
+        assert found <= SLACK * truth.errors[part].median()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -232,13 +270,40 @@ def test_chunks_company_and_threads_change_no_bit(
         with loaded(path) as runner:
             alone = run(runner, [whole], "prefill", [[200]])[0]
             decoded = run(runner, [whole], "decode", [[1] * 200])[0]
+            at_once = run(runner, [whole], "decode", [[70, 1, 64, 65]])[0]
         with loaded(path, threads=2, use_graph=False) as runner:
             together = run(runner, prompts, "prefill", CHUNKS)
-            slowly = run(runner, prompts[1:], "decode", [[1] * n for n in LENGTHS[1:]])
+            slowly = run(runner, [whole[:17], whole[:66]], "decode", [[1] * 17, [1] * 66])
     for n, logits in zip(LENGTHS, together, strict=True):
         assert torch.equal(logits, alone[:n])
-    for n, logits in zip(LENGTHS[1:], slowly, strict=True):
+    assert torch.equal(at_once, decoded)
+    for n, logits in zip((17, 66), slowly, strict=True):
         assert torch.equal(logits, decoded[:n])
+
+
+@every_tier
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_prompts_and_generated_tokens_share_a_step(fmt: str, tier: str, folder: Folder) -> None:
+    """One sequence decodes while another reads its prompt: the same bits as one after the other."""
+    first, second = prompt(65), prompt(63)
+    with runtime.forced_tier(tier), loaded(folder("v3", fmt), threads=2) as runner:
+        apart = Sequences(runner, 2)
+        expected = [apart.step(Piece(0, first, "prefill"))[0]]
+        expected += [apart.step(Piece(0, [token], "decode"))[0] for token in second[:3]]
+        expected += apart.step(Piece(1, second, "prefill"))
+        together = Sequences(runner, 2)
+        found = together.step(Piece(0, first, "prefill"))
+        other = []
+        for number, token in enumerate(second[:3]):
+            piece = second[21 * number : 21 * number + 21]
+            prompted, generated = together.step(
+                Piece(1, piece, "prefill"), Piece(0, [token], "decode")
+            )
+            found.append(generated)
+            other.append(prompted)
+        found.append(torch.cat(other))
+    for one, another in zip(found, expected, strict=True):
+        assert torch.equal(one, another)
 
 
 @pytest.mark.parametrize("name", ["v2", "v3-wide", "odd-sizes", "router-fp32"])

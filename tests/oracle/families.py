@@ -129,6 +129,7 @@ def _families() -> list[Family]:
         _family("every-expert", n_group=1, n_routed_experts=4, num_experts_per_tok=4),
         _family("one-expert", num_experts_per_tok=1, n_shared_experts=2),
         _family("negative-bias", v3_groups, bias=-3.0),
+        _family("long", rope_scaling=_YARN, max_position_embeddings=2048),
         _family("unequal-mscale", rope_scaling={**_YARN, "mscale": 1.2, "mscale_all_dim": 0.6}),
     ]
 

@@ -26,9 +26,9 @@ class Linear:
         self.rounding = rounding
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [n, cols] to [n, rows]; activations are quantized where the format has it so."""
+        """x [n, cols] to [n, rows]; int8 quantizes the rows of x, as bf16 holds them."""
         if self.quantized:
-            codes, scale = int8_rows(x)
+            codes, scale = int8_rows(x.to(torch.float32).to(torch.bfloat16))
             x = codes.to(F64) * scale.to(F64)
         return self.plain(x)
 

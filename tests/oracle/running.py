@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,19 +15,25 @@ from latentcore.models.runner import ModelRunner
 
 MAX_LENGTH = 256
 MAX_SEQUENCES = 16
+MAX_BATCHED_TOKENS = 512
 
 
 @contextmanager
 def loaded(
-    folder: Path, *, quantization: str = "auto", threads: int = 1, use_graph: bool = True
+    folder: Path,
+    *,
+    quantization: str = "auto",
+    threads: int = 1,
+    use_graph: bool = True,
+    max_length: int = MAX_LENGTH,
 ) -> Iterator[ModelRunner]:
     """The checkpoint in `folder`, ready to run a handful of short sequences."""
     engine = EngineConfig(
         quantization=quantization,
         threads=threads,
-        max_model_len=MAX_LENGTH,
+        max_model_len=max_length,
         max_num_seqs=MAX_SEQUENCES,
-        max_num_batched_tokens=512,
+        max_num_batched_tokens=MAX_BATCHED_TOKENS,
         use_graph=use_graph,
     )
     runner = ModelRunner.load(folder, engine, None)
@@ -36,32 +43,35 @@ def loaded(
         runner.close()
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Some more tokens of sequence `index`, and how they attend."""
+
+    index: int
+    token_ids: Sequence[int]
+    path: AttentionPath
+
+
 class Sequences:
     """Sequences in a runner's cache, their blocks scattered over it."""
 
     def __init__(self, runner: ModelRunner, count: int) -> None:
         self.runner = runner
-        each = MAX_LENGTH // runner.block_size
+        each = runner.max_model_len // runner.block_size
         blocks = random.Random(count).sample(range(runner.num_blocks), count * each)
         self.tables = [blocks[i * each : (i + 1) * each] for i in range(count)]
         self.lengths = [0] * count
 
-    def step(
-        self, tokens: dict[int, Sequence[int]], path: AttentionPath
-    ) -> dict[int, torch.Tensor]:
-        """Computes more tokens of some sequences in one pass.
-
-        Logits of each sequence: [tokens, vocabulary].
-        """
+    def step(self, *pieces: Piece) -> list[torch.Tensor]:
+        """Computes the pieces in one pass; logits of each: [its tokens, vocabulary]."""
         chunks = []
-        for index, ids in tokens.items():
-            start = self.lengths[index]
-            self.lengths[index] = start + len(ids)
-            used = -(-self.lengths[index] // self.runner.block_size)
-            chunks.append(SequenceChunk(ids, start, self.tables[index][:used], path, "all"))
+        for piece in pieces:
+            start = self.lengths[piece.index]
+            self.lengths[piece.index] = end = start + len(piece.token_ids)
+            table = self.tables[piece.index][: -(-end // self.runner.block_size)]
+            chunks.append(SequenceChunk(piece.token_ids, start, table, piece.path, "all"))
         rows = self.runner.forward(chunks).clone()
-        parts = torch.split(rows, [len(ids) for ids in tokens.values()])
-        return dict(zip(tokens, parts, strict=True))
+        return list(torch.split(rows, [len(piece.token_ids) for piece in pieces]))
 
 
 def run(
@@ -78,11 +88,12 @@ def run(
     sequences = Sequences(runner, len(prompts))
     parts: list[list[torch.Tensor]] = [[] for _ in prompts]
     for number in range(max(map(len, chunks))):
-        tokens = {}
+        pieces = []
         for index, sizes in enumerate(chunks):
             if number < len(sizes):
                 start = sequences.lengths[index]
-                tokens[index] = prompts[index][start : start + sizes[number]]
-        for index, rows in sequences.step(tokens, path).items():
-            parts[index].append(rows)
+                ids = prompts[index][start : start + sizes[number]]
+                pieces.append(Piece(index, ids, path))
+        for piece, rows in zip(pieces, sequences.step(*pieces), strict=True):
+            parts[piece.index].append(rows)
     return [torch.cat(rows) for rows in parts]
