@@ -55,10 +55,11 @@ class Judge:
         self.model = model.eval().to(device)
 
     @torch.no_grad()
-    def answer(self, prompts: list[str], size: int = 1100) -> list[Reply]:
+    def answer(self, prompts: list[str]) -> list[Reply]:
         """Greedy replies, in order. Prompts of similar length share a batch."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         replies: dict[int, Reply] = {}
+        size = 64 if self.device == "cpu" else 1100
         for at in range(0, len(order), size):
             chosen = order[at : at + size]
             batch = self.tokenizer(
@@ -84,6 +85,7 @@ class Judge:
                 prompt_ids = batch["input_ids"][row][kept].tolist()
                 text = self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=False)
                 replies[i] = Reply(prompt_ids, ids, text, ended)
+            print(f"{len(replies)} of {len(prompts)} answered", flush=True)
         return [replies[i] for i in range(len(prompts))]
 
 
@@ -301,6 +303,7 @@ def answer(args: argparse.Namespace) -> None:
 
 def judge_answers(args: argparse.Namespace) -> None:
     """Judge the replies; add MTP acceptance and expert load."""
+    torch.set_num_threads(1)
     mixture, model = Mixture(args.data), load(args.checkpoint)
     answers = json.loads(args.answers.read_text())
     results: dict[str, Any] = {"parameters": parameters(model), "skills": {}}
