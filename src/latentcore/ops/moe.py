@@ -25,7 +25,7 @@ def route_softmax(
     """Chooses experts by softmax scores (DeepSeek-V2); a group's score is its best expert's.
 
     x bf16 [n, hidden], w F32 or BF16 of [experts, hidden]; ids int32 and weights f32 [n, top_k].
-    Ties go to the lowest index. Weights are the scores (summing to 1 if `normalize`) times `factor`.
+    Ties go to the lowest index. Weights are the scores (summing to 1 if `normalize`) x `factor`.
     """
     _route_softmax(
         x,

@@ -1,4 +1,4 @@
-"""Packing ops: stored matrices to panels. Each runs on all threads; sources may be memory-mapped."""
+"""Packing ops: stored matrices to panels. Each uses all threads; sources may be memory-mapped."""
 
 import torch
 
@@ -42,7 +42,7 @@ def pack_int8(
 def pack_fp8(
     dst: PackedWeight, item: int, part: int, w: torch.Tensor, scale_inv: torch.Tensor
 ) -> None:
-    """Packs w, float8_e4m3fn [rows, cols], with its f32 grid of 128x128 block scales into `dst` (FP8).
+    """Packs w, float8_e4m3fn [rows, cols], and its f32 grid of 128x128 block scales to `dst` (FP8).
 
     scale_inv is [ceil(rows / 128), ceil(cols / 128)]; the weight is code x scale.
     """
@@ -115,7 +115,7 @@ def quantize_rows_int8(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def quantize_blocks_fp8(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """w, bf16 [rows, cols], to float8_e4m3fn codes and f32 [ceil(rows/128), ceil(cols/128)] scales.
 
-    Scale max|w| / 448 a block, values clamped to +-448 before the cast; a block of zeros gives zeros.
+    Scale max|w| / 448 a block, values clamped to +-448 before the cast; zeros give zeros.
     """
     rows, cols = w.shape
     grid = (-(-rows // FP8_BLOCK), -(-cols // FP8_BLOCK))

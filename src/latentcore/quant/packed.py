@@ -1,5 +1,6 @@
 """A packed weight is one object: its bytes, its format, its shape and its scales together."""
 
+import contextlib
 import mmap
 from dataclasses import dataclass
 from enum import IntEnum
@@ -79,10 +80,9 @@ def huge_buffer(nbytes: int) -> torch.Tensor:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     memory = mmap.mmap(-1, nbytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        # A kernel without transparent huge pages refuses: ordinary pages do.
+        with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a kernel without transparent huge pages: ordinary pages do
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
@@ -121,7 +121,7 @@ class PackedWeight:
 
     @classmethod
     def allocate(cls, fmt: Format, batch: int, parts: int, rows: int, cols: int) -> "PackedWeight":
-        """Memory for a packed weight with its header written; the matrices are zero until packed."""
+        """Memory for a packed weight, its header written; the matrices are zero until packed."""
         from latentcore.ops.packing import init_packed
 
         data = huge_buffer(packed_nbytes(fmt, batch, parts, rows, cols))
