@@ -1,0 +1,198 @@
+"""Starting, filling up, draining, dying, and starting again."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+
+from latentcore.cli import app
+from latentcore.cli.serve import parse_bytes
+from latentcore.errors import UserError
+from tests.server.process import ServerProcess, serving
+
+ENDLESS: dict[str, Any] = {"prompt": "Once", "max_tokens": 1900, "ignore_eos": True}
+
+
+def test_sigterm_lets_running_answers_finish(tiny_model: Path, tmp_path: Path) -> None:
+    with serving(tiny_model, cache=tmp_path) as server, server.http() as http:
+        text = b""
+        body = {**ENDLESS, "max_tokens": 1500, "stream": True}
+        with http.stream("POST", "/v1/completions", json=body) as response:
+            pieces = response.iter_bytes()
+            text += next(pieces)
+            server.process.send_signal(signal.SIGTERM)
+            for piece in pieces:
+                text += piece
+        assert text.endswith(b"data: [DONE]\n\n")
+        assert b'"error"' not in text
+        assert b'"finish_reason": "length"' in text
+        assert server.process.wait(30) == 0
+        with pytest.raises(httpx2.TransportError):
+            httpx2.get(f"{server.url}/health")
+
+
+def test_draining_does_not_wait_for_ever(tiny_model: Path, tmp_path: Path) -> None:
+    options = ("--drain-timeout", "1", "--max-num-seqs", "1")
+    with serving(tiny_model, *options, cache=tmp_path) as server, server.http() as http:
+        body = {**ENDLESS, "n": 100, "stream": True}
+        with http.stream("POST", "/v1/completions", json=body) as response:
+            next(response.iter_bytes())
+            started = time.monotonic()
+            assert server.stop() == 0
+        assert time.monotonic() - started < 20
+
+
+def test_requests_have_a_time_limit(tiny_model: Path, tmp_path: Path) -> None:
+    options = ("--request-timeout", "0.3")
+    body = {**ENDLESS, "n": 64}
+    with serving(tiny_model, *options, cache=tmp_path) as server, server.http() as http:
+        late = http.post("/v1/completions", json=body)
+        assert (late.status_code, late.json()["error"]["type"]) == (408, "timeout")
+        server.wait_idle()
+        events = http.post("/v1/completions", json={**body, "stream": True}).text
+        assert '"type": "timeout"' in events
+        server.wait_idle()
+
+
+def test_killed_and_started_again(tiny_model: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        with serving(tiny_model, cache=tmp_path) as server:
+            assert httpx2.get(f"{server.url}/ready").status_code == 200
+            assert server.stop(signal.SIGKILL) == -signal.SIGKILL
+
+
+DYING = """
+import sys, threading
+sys.path.insert(0, sys.argv[1])
+from latentcore.engine.async_engine import AsyncEngine
+from latentcore.server.app import ServerOptions
+from latentcore.server.run import configure_logging, listen, serve
+from tests.engine.fakes import make_loaded
+
+engine = AsyncEngine.from_loaded(make_loaded())
+schedule = engine._engine.scheduler.schedule
+def die():
+    if len(engine._engine.scheduler.waiting) and sys.argv[2] == "die":
+        raise RuntimeError("the bookkeeping is broken")
+    return schedule()
+engine._engine.scheduler.schedule = die
+configure_logging("info")
+sys.exit(serve(engine, ServerOptions(("fake",)), listen("127.0.0.1", 0), drain_timeout=5))
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("die", 3), ("live", 0)])
+def test_a_dead_engine_ends_the_process(how: str, code: int) -> None:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", DYING, str(root), how]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        server = ServerProcess(process, None)
+        body = {"prompt": "x", "max_tokens": 3}
+        answer = httpx2.post(f"{server.url}/v1/completions", json=body)
+        if how == "die":
+            assert answer.status_code == 503
+            assert httpx2.get(f"{server.url}/ready").status_code == 503
+            assert httpx2.get(f"{server.url}/health").status_code == 200
+        else:
+            assert answer.status_code == 200
+            process.terminate()
+        assert process.wait(30) == code
+
+
+def test_a_config_file_and_the_environment(tiny_model: Path, tmp_path: Path) -> None:
+    config = tmp_path / "serve.toml"
+    config.write_text('max-num-seqs = 3\nserved_model_name = ["named"]\nlog_requests = true\n')
+    with serving(
+        tiny_model,
+        "--config",
+        str(config),
+        "--max-request-bytes",
+        "10kB",
+        cache=tmp_path,
+        LATENTCORE_API_KEY="from-env",
+    ) as server:
+        assert httpx2.get(f"{server.url}/v1/models").status_code == 401
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="from-env", max_retries=0)
+        assert [model.id for model in client.models.list()] == ["named"]
+        client.completions.create(model="named", prompt="find me in the log", max_tokens=1)
+        for _ in range(100):
+            if any("find me in the log" in line for line in server.lines):
+                break
+            time.sleep(0.02)
+        else:
+            raise AssertionError("--log-requests logged no prompt")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--port", "70000"], "--port"),
+        (["--kv-cache-memory", "lots"], "--kv-cache-memory: expected a size"),
+        (["--max-num-seqs", "0"], "max_num_seqs: expected"),
+        (["--max-num-batched-tokens", "5"], "at least max_num_seqs"),
+        (["--config", "/nowhere.toml"], "cannot be read"),
+        (["--config", "BAD"], "'nonsense' is not an option of serve"),
+        (["--config", "BROKEN"], "not a TOML file"),
+        (["--port", "TAKEN"], "cannot listen on 127.0.0.1"),
+        (["--host", "300.1.1.1"], "cannot listen on 300.1.1.1"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str],
+    match: str,
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "bad.toml").write_text("nonsense = 1")
+    (tmp_path / "broken.toml").write_text("= 1")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        names = {
+            "BAD": str(tmp_path / "bad.toml"),
+            "BROKEN": str(tmp_path / "broken.toml"),
+            "TAKEN": str(taken.getsockname()[1]),
+        }
+        filled = [names.get(argument, argument) for argument in arguments]
+        assert app.main(["serve", str(tiny_model), "--threads", "1", *filled]) == 2
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    (line,) = [line for line in streams.err.splitlines() if line.startswith("error: ")]
+    assert match in line
+    assert "Traceback" not in streams.err
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("100", 100), ("16MiB", 16 << 20), ("1.5 GB", 1_500_000_000), ("2kib", 2048)],
+)
+def test_sizes(text: str, value: int) -> None:
+    assert parse_bytes("--x", text) == value
+
+
+@pytest.mark.parametrize("text", ["", "-1", "x", "1XB", "nan", "inf", "0"])
+def test_bad_sizes(text: str) -> None:
+    with pytest.raises(UserError, match="--x: expected a size"):
+        parse_bytes("--x", text)
+
+
+def test_logs_are_json_lines(tiny_model: Path, tmp_path: Path) -> None:
+    with serving(tiny_model, cache=tmp_path) as server, server.http() as http:
+        http.post("/v1/completions", json={"prompt": "my secret words", "max_tokens": 1})
+        assert server.stop() == 0
+        time.sleep(0.1)
+        start = next(i for i, line in enumerate(server.lines) if re.search("serving", line))
+        parsed = [json.loads(line) for line in server.lines[start:]]
+        assert all({"time", "level", "message"} <= set(line) for line in parsed)
+        assert any(line.get("path") == "/v1/completions" for line in parsed)
+        assert "my secret words" not in "\n".join(server.lines)
