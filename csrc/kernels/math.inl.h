@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/gemm.inl.h"
+#include "runtime/sanitize.h"
 
 namespace {
 
@@ -72,7 +73,9 @@ struct Bump {
   template <class T>
   T* take(int64_t count) {
     uint8_t* p = base + used;
-    used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(T)), room = round_up(bytes, 64) + kScratchGap;
+    used += room;
+    if (base != nullptr) close_memory(p + bytes, static_cast<size_t>(room - bytes));
     return reinterpret_cast<T*>(p);
   }
 };

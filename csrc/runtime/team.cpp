@@ -18,6 +18,8 @@
 #include <thread>
 #include <vector>
 
+#include "runtime/sanitize.h"
+
 namespace lc {
 namespace {
 
@@ -112,6 +114,7 @@ struct Team::Impl {
   const Node* nodes = nullptr;
   size_t count = 0;
   uint8_t* scratch = nullptr;
+  size_t scratch_bytes = 0;
   Barrier barrier;  // between kernels and at the end of a region
   int n = 1;
 
@@ -121,6 +124,10 @@ struct Team::Impl {
     const Node* const list = nodes;
     const size_t length = count;
     for (size_t i = 0; i < length; ++i) {
+      if constexpr (kScratchGap > 0) {
+        if (tid == 0) renew_scratch(scratch, list[i].kernel->scratch(list[i].args, n), scratch_bytes);
+        ctx.barrier();
+      }
       list[i].kernel->run(ctx, list[i].args);
       ctx.barrier();
     }
@@ -195,6 +202,7 @@ void Team::run(const Node* nodes, size_t count) {
   for (size_t i = 0; i < count; ++i) need = std::max(need, nodes[i].kernel->scratch(nodes[i].args, n_));
   reserve(need);
   impl_->scratch = scratch_;
+  impl_->scratch_bytes = scratch_bytes_;
   impl_->nodes = nodes;
   impl_->count = count;
   if (n_ > 1) {
@@ -217,7 +225,10 @@ void Team::reserve(size_t bytes) {
 }
 
 void Team::release_scratch() {
-  if (scratch_ != nullptr) munmap(scratch_, scratch_bytes_);
+  if (scratch_ != nullptr) {
+    open_memory(scratch_, scratch_bytes_);
+    munmap(scratch_, scratch_bytes_);
+  }
   scratch_ = nullptr;
   scratch_bytes_ = 0;
 }
