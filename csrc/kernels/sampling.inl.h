@@ -195,12 +195,16 @@ struct Count16 {
   vf operator()(vf x) const { return vkeep(vge(x, vset1(kLowest)), vset1(1.0f)); }
 };
 
+// Values summed in fp32 before their sum is added to others in fp64: small weights must not be lost beside a
+// large one.
+constexpr int64_t kSummed = 512;
+
 // above[j] += the weight of the values above pivot[j], and total that of all.
 constexpr int kPivots = 7;
 template <class W>
 LC_INLINE void add_above(const float* x, int64_t n, const float* pivot, const W& weight, double* above,
                          double* total) {
-  for (int64_t begin = 0; begin < n; begin += kChunk) {
+  for (int64_t begin = 0; begin < n; begin += kSummed) {
     vf at[kPivots], sum[kPivots + 1];
     LC_UNROLL
     for (int j = 0; j < kPivots; ++j) {
@@ -208,7 +212,7 @@ LC_INLINE void add_above(const float* x, int64_t n, const float* pivot, const W&
       sum[j] = vset1(0.0f);
     }
     sum[kPivots] = vset1(0.0f);
-    each16(x + begin, tmin(kChunk, n - begin), kNoLogit, [&](int64_t, vf v) {
+    each16(x + begin, tmin(kSummed, n - begin), kNoLogit, [&](int64_t, vf v) {
       v = finite_top(v);
       const vf w = weight(v);
       sum[kPivots] = vadd(sum[kPivots], w);
@@ -222,9 +226,9 @@ LC_INLINE void add_above(const float* x, int64_t n, const float* pivot, const W&
 template <class W>
 LC_INLINE double weight_of(const float* x, int64_t n, const W& weight) {
   double total = 0.0;
-  for (int64_t begin = 0; begin < n; begin += kChunk) {
+  for (int64_t begin = 0; begin < n; begin += kSummed) {
     vf sum = vset1(0.0f);
-    each16(x + begin, tmin(kChunk, n - begin), kNoLogit, [&](int64_t, vf v) {
+    each16(x + begin, tmin(kSummed, n - begin), kNoLogit, [&](int64_t, vf v) {
       v = finite_top(v);
       if (vbits(weight.counts(v)) != 0) sum = vadd(sum, weight(v));
     });
