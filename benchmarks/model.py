@@ -122,7 +122,7 @@ def main() -> None:
         loaded = time.perf_counter() - start
         eager = ModelRunner.__new__(ModelRunner)
         eager.__dict__.update(runner.__dict__)
-        eager.engine_config = EngineConfig(threads=args.threads, use_graph=False)
+        eager._graphs = {}
         costs = Costs(runner)
         w = runner._decoder.layers[-1].attention.weights.o
         peak = runtime.peak_ops(w.format, 0.5)

@@ -24,10 +24,16 @@ from latentcore.engine.request import RequestPreparer
 from latentcore.engine.sampler import SampledToken, SampleRow, TokenLogprobs
 from latentcore.engine.tokenizer import Tokenizer
 from latentcore.models.chunk import SequenceChunk
+from latentcore.models.logits import StepLogits
 
 BLOCK_SIZE = 64
 VOCAB_SIZE = 300
 END_ID = 257
+
+
+def step_logits(values: torch.Tensor) -> StepLogits:
+    """Logits as a runner gives them."""
+    return StepLogits(values, values.argmax(dim=1).to(torch.int32))
 
 
 class FakeRunner:
@@ -55,7 +61,7 @@ class FakeRunner:
     def choose_path(self, uncached_tokens: int, context: int) -> str:
         return "prefill" if uncached_tokens * 2 >= context else "decode"
 
-    def forward(self, chunks: Sequence[SequenceChunk]) -> torch.Tensor:
+    def forward(self, chunks: Sequence[SequenceChunk]) -> StepLogits:
         assert not self.closed
         assert sum(len(chunk.token_ids) for chunk in chunks) <= self.max_num_batched_tokens
         self.steps.append(list(chunks))
@@ -87,8 +93,8 @@ class FakeRunner:
                 if chunk.logits == "all" or (chunk.logits == "last" and last):
                     rows.append(self._logits(state, position))
         if not rows:
-            return torch.empty((0, self.vocab_size), dtype=torch.float32)
-        return torch.from_numpy(np.stack(rows))
+            return StepLogits.empty(0, self.vocab_size, torch.device("cpu"))
+        return step_logits(torch.from_numpy(np.stack(rows)))
 
     def weight_bytes_per_token(self, batch: int, /) -> float:
         return 1000.0 / batch
@@ -132,10 +138,11 @@ class ScriptedRunner(FakeRunner):
 class FakeSampler:
     """A plain NumPy sampler with the parameters that these tests need."""
 
-    def sample(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
+    def sample(self, logits: StepLogits, rows: Sequence[SampleRow]) -> list[SampledToken]:
         assert len(logits) == len(rows)
         return [
-            self._row(values.numpy().copy(), row) for values, row in zip(logits, rows, strict=True)
+            self._row(values.numpy().copy(), row)
+            for values, row in zip(logits.values, rows, strict=True)
         ]
 
     def logprobs(

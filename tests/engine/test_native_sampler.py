@@ -6,6 +6,7 @@ import torch
 from latentcore.engine.native_sampler import NativeSampler
 from latentcore.engine.sampler import SampledToken, SampleRow
 from latentcore.engine.sampling_params import SamplingParams
+from tests.engine.fakes import step_logits
 
 VOCAB = 97
 
@@ -19,7 +20,7 @@ def row(params: SamplingParams, tokens: tuple[int, ...] = (1, 2, 3), prompt: int
 
 
 def sample(values: torch.Tensor, *rows: SampleRow) -> list[SampledToken]:
-    return NativeSampler(VOCAB).sample(values.clone(), rows)
+    return NativeSampler(VOCAB).sample(step_logits(values.clone()), rows)
 
 
 def test_greedy_takes_the_largest() -> None:

@@ -70,7 +70,7 @@ class Sequences:
             self.lengths[piece.index] = end = start + len(piece.token_ids)
             table = self.tables[piece.index][: -(-end // self.runner.block_size)]
             chunks.append(SequenceChunk(piece.token_ids, start, table, piece.path, "all"))
-        rows = self.runner.forward(chunks).clone()
+        rows = self.runner.forward(chunks).values.clone()
         return list(torch.split(rows, [len(piece.token_ids) for piece in pieces]))
 
 

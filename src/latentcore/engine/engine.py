@@ -37,6 +37,8 @@ from latentcore.models.chunk import Path, SequenceChunk
 if TYPE_CHECKING:
     import torch
 
+    from latentcore.models.logits import StepLogits
+
 logger = logging.getLogger("latentcore.engine")
 
 MAX_PROMPT_LOGPROB_CHUNK = 128
@@ -55,8 +57,8 @@ class Runner(Protocol):
     @property
     def max_num_batched_tokens(self) -> int: ...
 
-    def forward(self, chunks: Sequence[SequenceChunk]) -> "torch.Tensor":
-        """Logits of the rows that the chunks ask for, float32 [rows, vocabulary]."""
+    def forward(self, chunks: Sequence[SequenceChunk]) -> "StepLogits":
+        """Logits of the rows that the chunks ask for, in their order."""
 
     def choose_path(self, uncached_tokens: int, context: int) -> Path: ...
 
@@ -330,7 +332,7 @@ class Engine:
             stats.prompt_tokens += max(0, min(scheduled.num_tokens, prompt_left))
             if chunk.logits == "all":
                 self._read_prompt_logprobs(
-                    request, logits[row : row + scheduled.num_tokens], scheduled.start
+                    request, logits.values[row : row + scheduled.num_tokens], scheduled.start
                 )
                 row += scheduled.num_tokens - 1
             if scheduled.samples:
@@ -383,7 +385,7 @@ class Engine:
 
     def _sample(
         self,
-        logits: "torch.Tensor",
+        logits: "StepLogits",
         sampling: Sequence[tuple[int, _Request, _Choice]],
         masks: "dict[tuple[int, int], Future[torch.Tensor]]",
     ) -> dict[str, BaseException]:
@@ -408,9 +410,7 @@ class Engine:
                     allowed=None if mask is None else mask.result(),
                 )
             )
-        indices = [row for row, _, _ in sampling]
-        if indices != list(range(len(logits))):
-            logits = logits[indices]
+        logits = logits.select([row for row, _, _ in sampling])
         now = time.monotonic()
         for (_, request, choice), sampled in zip(
             sampling, self._sampler.sample(logits, rows), strict=True

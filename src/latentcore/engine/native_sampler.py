@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from latentcore.engine.sampler import SampledToken, SampleRow, TokenLogprobs
 from latentcore.engine.sampling_params import SamplingParams
+from latentcore.models.logits import StepLogits
 from latentcore.ops import sampling
 
 
@@ -15,21 +17,25 @@ class NativeSampler:
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
 
-    def sample(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
-        """Chooses a token for each row of `logits` (float32 [rows, vocabulary], overwritten)."""
-        raw = self._raw_logits(logits, rows)
-        self._restrict(logits, rows)
-        self._add_bias(logits, rows)
-        self._penalize(logits, rows)
-        token_ids = torch.empty(len(rows), dtype=torch.int32)
-        if all(row.params.greedy for row in rows):
-            sampling.greedy(logits, token_ids)
+    def sample(self, logits: StepLogits, rows: Sequence[SampleRow]) -> list[SampledToken]:
+        """Chooses a token for each row of `logits`, which are overwritten."""
+        changed = [row for row in rows if _changes_logits(row)]
+        wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+        raw = _rows_of(logits.values, wanted, copy=bool(changed)) if wanted else None
+        if changed:
+            self._restrict(logits.values, rows)
+            self._add_bias(logits.values, rows)
+            self._penalize(logits.values, rows)
+        if any(not row.params.greedy for row in rows):
+            chosen = self._draw(logits.values, rows)
+        elif changed:
+            best = torch.empty(len(rows), dtype=torch.int32)
+            sampling.greedy(logits.values, best)
+            chosen = best.tolist()
         else:
-            self._draw(logits, rows, token_ids)
-        chosen: list[int] = token_ids.tolist()
+            chosen = logits.best.tolist()
         sampled = [SampledToken(token_id) for token_id in chosen]
         if raw is not None:
-            wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
             num_top = max(rows[i].params.logprobs or 0 for i in wanted)
             found = self.logprobs(raw, [chosen[i] for i in wanted], num_top)
             for i, logprobs in zip(wanted, found, strict=True):
@@ -54,15 +60,6 @@ class NativeSampler:
                 values.tolist(), ranks.tolist(), top_ids.tolist(), top_values.tolist(), strict=True
             )
         ]
-
-    def _raw_logits(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor | None:
-        """The rows that want log-probabilities, before anything is changed."""
-        wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
-        if not wanted:
-            return None
-        if any(_changes_logits(row) for row in rows):
-            return logits[wanted]
-        return logits if len(wanted) == len(rows) else logits[wanted]
 
     def _restrict(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> None:
         masked = [(i, row.allowed) for i, row in enumerate(rows) if row.allowed is not None]
@@ -90,32 +87,30 @@ class NativeSampler:
         )
 
     def _penalize(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> None:
-        if not any(_penalizes(row.params) for row in rows):
+        penalized = [_penalizes(row.params) for row in rows]
+        if not any(penalized):
             return
         offsets = [0]
         output_offsets: list[int] = []
-        token_ids: list[int] = []
-        for row in rows:
-            start = len(token_ids)
-            if _penalizes(row.params):
-                token_ids.extend(row.token_ids)
-                output_offsets.append(start + row.num_prompt_tokens)
-            else:
-                output_offsets.append(start)
-            offsets.append(len(token_ids))
+        sequences: list[np.ndarray] = []
+        for row, wanted in zip(rows, penalized, strict=True):
+            start = offsets[-1]
+            output_offsets.append(start + row.num_prompt_tokens if wanted else start)
+            if wanted:
+                sequences.append(np.asarray(row.token_ids, dtype=np.int32))
+            offsets.append(start + len(row.token_ids) if wanted else start)
         sampling.penalize(
             logits,
             _int32(offsets),
             _int32(output_offsets),
-            _int32(token_ids),
+            torch.from_numpy(np.concatenate(sequences)),
             _float32([row.params.repetition_penalty for row in rows]),
             _float32([row.params.presence_penalty for row in rows]),
             _float32([row.params.frequency_penalty for row in rows]),
         )
 
-    def _draw(
-        self, logits: torch.Tensor, rows: Sequence[SampleRow], token_ids: torch.Tensor
-    ) -> None:
+    def _draw(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
+        token_ids = torch.empty(len(rows), dtype=torch.int32)
         sampling.sample(
             logits,
             _float32([row.params.temperature for row in rows]),
@@ -129,6 +124,8 @@ class NativeSampler:
             token_ids,
             torch.empty(len(rows), dtype=torch.float32),
         )
+        chosen: list[int] = token_ids.tolist()
+        return chosen
 
 
 def _penalizes(params: SamplingParams) -> bool:
@@ -143,6 +140,13 @@ def _changes_logits(row: SampleRow) -> bool:
     return bool(
         row.allowed is not None or row.banned_ids or row.params.biases or _penalizes(row.params)
     )
+
+
+def _rows_of(logits: torch.Tensor, rows: Sequence[int], *, copy: bool) -> torch.Tensor:
+    """The given rows; the tensor itself where those are all and no copy is asked for."""
+    if len(rows) == len(logits) and not copy:
+        return logits
+    return logits[list(rows)]
 
 
 def _signed(seed: int) -> int:

@@ -9,6 +9,8 @@ from latentcore.engine.sampling_params import SamplingParams
 if TYPE_CHECKING:
     import torch
 
+    from latentcore.models.logits import StepLogits
+
 
 @dataclass(slots=True)
 class SampleRow:
@@ -48,8 +50,8 @@ class SampledToken:
 class Sampler(Protocol):
     """Chooses tokens. Log-probabilities are those of the model, before any parameter applies."""
 
-    def sample(self, logits: "torch.Tensor", rows: Sequence[SampleRow]) -> list[SampledToken]:
-        """Chooses a token for each row of `logits` (float32 [rows, vocabulary], overwritten)."""
+    def sample(self, logits: "StepLogits", rows: Sequence[SampleRow]) -> list[SampledToken]:
+        """Chooses a token for each row of `logits`, which are overwritten."""
 
     def logprobs(
         self, logits: "torch.Tensor", token_ids: Sequence[int], num_top: int

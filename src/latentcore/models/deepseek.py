@@ -9,7 +9,8 @@ from latentcore.layers.attention import Attention
 from latentcore.layers.ffn import Mlp, Moe, build_ffn
 from latentcore.layers.step import Buffers, Limits, Step, latent_row
 from latentcore.layers.weights import ModelWeights
-from latentcore.ops import dense
+from latentcore.models.logits import StepLogits
+from latentcore.ops import dense, sampling
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class DeepseekDecoder:
             dense.add_rms_norm(residual, delta, next_norm, eps, normed)
         return normed
 
-    def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        """Logits of `hidden`, bf16 [rows, h], into out f32 [rows, vocab]."""
-        dense.logits(hidden, self.weights.lm_head, out)
+    def logits(self, hidden: torch.Tensor, out: StepLogits) -> None:
+        """Logits of `hidden`, bf16 [rows, h], and each row's likeliest token, into `out`."""
+        dense.logits(hidden, self.weights.lm_head, out.values)
+        sampling.greedy(out.values, out.best)

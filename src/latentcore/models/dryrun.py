@@ -20,6 +20,7 @@ from latentcore.layers.weights import (
     MoeWeights,
 )
 from latentcore.models.deepseek import DeepseekDecoder
+from latentcore.models.logits import StepLogits
 from latentcore.models.resolve import (
     LayerPlan,
     MatrixPlan,
@@ -176,5 +177,4 @@ def _decode(decoder: DeepseekDecoder, batch: int) -> None:
 
 
 def _logits(decoder: DeepseekDecoder, hidden: torch.Tensor) -> None:
-    shape = (hidden.shape[0], decoder.config.vocab_size)
-    decoder.logits(hidden, torch.empty(shape, dtype=torch.float32, device=_META))
+    decoder.logits(hidden, StepLogits.empty(len(hidden), decoder.config.vocab_size, _META))

@@ -3,19 +3,20 @@
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path as FilePath
-from typing import Any
 
+import numpy as np
 import torch
 
 from latentcore.config import EngineConfig, ModelConfig
 from latentcore.errors import InsufficientMemoryError
-from latentcore.layers.step import Limits, Step, latent_row
+from latentcore.layers.step import Buffers, Limits, Step, latent_row
 from latentcore.layers.weights import ModelWeights
 from latentcore.models.checkpoint import Checkpoint
 from latentcore.models.chunk import Path, SequenceChunk
 from latentcore.models.deepseek import DeepseekDecoder
 from latentcore.models.dryrun import dry_run
 from latentcore.models.loader import load_weights
+from latentcore.models.logits import StepLogits
 from latentcore.models.memory import available_memory, format_bytes, require_memory
 from latentcore.models.resolve import ModelPlan, resolve
 from latentcore.ops import dense, mla, runtime
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 CACHE_SHARE = 0.5
 """Share of the memory left beside the weights that the latent cache takes at most by itself."""
+
+MAX_GRAPH_ROWS = 256
+"""Largest decode batch that has a graph: in larger ones, the time between kernels is nothing."""
 
 _NO_SEGMENTS = torch.empty((0, 4), dtype=torch.int32)
 
@@ -113,10 +117,14 @@ class ModelRunner:
         self.limits = limits
         self._decoder = DeepseekDecoder(config, weights, self.limits, torch.device("cpu"))
         rows = engine_config.max_num_seqs
-        self._logits = torch.empty((rows, config.vocab_size), dtype=torch.float32)
+        self._logits = StepLogits.empty(rows, config.vocab_size, torch.device("cpu"))
         self._gathered = torch.empty((rows, config.hidden_size), dtype=torch.bfloat16)
+        self._logit_rows = self._decoder.buffers.logit_rows.numpy()
+        self._inputs = _StepInputs(config.vocab_size, limits)
         self._graphs: dict[int, runtime.Graph] = {}
         self._closed = False
+        if engine_config.use_graph:
+            self._capture()
 
     @classmethod
     def load(
@@ -168,25 +176,23 @@ class ModelRunner:
         """The cheaper attention for a prompt; see `choose_path` of this module."""
         return choose_path(self.config, uncached_tokens, context)
 
-    def forward(self, chunks: Sequence[SequenceChunk]) -> torch.Tensor:
-        """Computes the chunks in one pass: float32 [rows wanted, vocab], in the chunks' order.
+    def forward(self, chunks: Sequence[SequenceChunk]) -> StepLogits:
+        """Computes the chunks in one pass: logits of the rows wanted, in the chunks' order.
 
         Raises RuntimeError naming row, bounds and value for a token id, position or block that is
         out of range; nothing is computed then.
         """
         step, wanted = self._load(chunks)
-        if self.engine_config.use_graph and step.absorbed == step.rows == len(chunks) == len(
-            wanted
-        ):
-            return self._replay(step)
+        if step.rows in self._graphs and step.absorbed == step.rows == len(chunks) == len(wanted):
+            self._graphs[step.rows].replay()
+            return self._logits.first(step.rows)
         hidden = self._decoder.forward(step)
         count = len(wanted)
         if count == 0:
-            return self._logits[:0]
+            return self._logits.first(0)
         logits, gathered = self._room_for(count)
-        rows = self._decoder.buffers.logit_rows[:count]
-        rows.copy_(torch.tensor(wanted, dtype=torch.int32))
-        dense.embedding(hidden, rows, gathered)
+        self._logit_rows[:count] = wanted
+        dense.embedding(hidden, self._decoder.buffers.logit_rows[:count], gathered)
         self._decoder.logits(gathered, logits)
         return logits
 
@@ -198,80 +204,122 @@ class ModelRunner:
         for graph in self._graphs.values():
             graph.free()
         self._graphs.clear()
-        del self._decoder, self._logits, self._gathered
+        del self._decoder, self._logits, self._gathered, self._logit_rows
         runtime.set_threads(1)
         runtime.release_scratch()
 
-    def _room_for(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _capture(self) -> None:
+        """Records a decode step of one token a sequence for every number of sequences.
+
+        Padding a batch to the next of a few sizes would read experts that no sequence has chosen,
+        so each size has a graph of its own.
+        """
+        for rows in range(1, min(self.limits.max_seqs, MAX_GRAPH_ROWS) + 1):
+            step = Step(rows, rows, _NO_SEGMENTS)
+            with runtime.Graph.capture() as graph:
+                self._decoder.logits(self._decoder.forward(step), self._logits.first(rows))
+            self._graphs[rows] = graph
+
+    def _room_for(self, count: int) -> tuple[StepLogits, torch.Tensor]:
         """Logits and hidden rows for `count` rows: the fixed buffers where they are enough."""
-        if count <= self._logits.shape[0]:
-            return self._logits[:count], self._gathered[:count]
+        if count <= len(self._logits):
+            return self._logits.first(count), self._gathered[:count]
         return (
-            torch.empty((count, self.config.vocab_size), dtype=torch.float32),
+            StepLogits.empty(count, self.config.vocab_size, torch.device("cpu")),
             torch.empty((count, self.config.hidden_size), dtype=torch.bfloat16),
         )
 
     def _load(self, chunks: Sequence[SequenceChunk]) -> tuple[Step, list[int]]:
         """Fills the step's input buffers. Gives the step and the rows whose logits are wanted."""
+        inputs = self._inputs
         order = sorted(range(len(chunks)), key=lambda i: chunks[i].path != "decode")
-        first_row = [0] * len(chunks)
-        token_ids: list[int] = []
-        positions: list[int] = []
-        row_seq: list[int] = []
+        inputs.check_room(chunks)
+        width = max(len(chunk.block_table) for chunk in chunks)
+        ends = [0] * len(chunks)
         segments: list[list[int]] = []
-        absorbed = 0
+        absorbed = row = 0
         for seq, index in enumerate(order):
             chunk = chunks[index]
             count = len(chunk.token_ids)
-            first_row[index] = len(token_ids)
+            ends[index] = end = row + count
             if chunk.path == "decode":
-                absorbed += count
+                absorbed = end
             else:
-                segments.append([len(token_ids), count, seq, chunk.start])
-            token_ids.extend(chunk.token_ids)
-            positions.extend(range(chunk.start, chunk.start + count))
-            row_seq.extend([seq] * count)
-        width = max(len(chunk.block_table) for chunk in chunks)
-        tables = torch.full((len(chunks), width), -1, dtype=torch.int32)
-        for seq, index in enumerate(order):
-            table = chunks[index].block_table
-            tables[seq, : len(table)] = torch.tensor(table, dtype=torch.int32)
-        limits, b = self.limits, self._decoder.buffers
-
-        def int32(values: Any) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.int32)
-
-        mla.load_step(
-            int32(token_ids),
-            int32(positions),
-            int32(row_seq),
-            tables,
-            self.config.vocab_size,
-            limits.num_blocks,
-            limits.block_size,
-            limits.max_position,
-            b.token_ids,
-            b.positions,
-            b.row_seq,
-            b.block_tables,
-        )
+                segments.append([row, count, seq, chunk.start])
+            inputs.put(seq, row, chunk, width)
+            row = end
+        inputs.check_into(self._decoder.buffers, row, len(chunks), width)
         wanted: list[int] = []
-        for index, chunk in enumerate(chunks):
-            first, count = first_row[index], len(chunk.token_ids)
+        for chunk, end in zip(chunks, ends, strict=True):
             if chunk.logits == "last":
-                wanted.append(first + count - 1)
+                wanted.append(end - 1)
             elif chunk.logits == "all":
-                wanted.extend(range(first, first + count))
-        segment_tensor = int32(segments) if segments else _NO_SEGMENTS
-        return Step(len(token_ids), absorbed, segment_tensor), wanted
+                wanted.extend(range(end - len(chunk.token_ids), end))
+        segment_tensor = torch.tensor(segments, dtype=torch.int32) if segments else _NO_SEGMENTS
+        return Step(row, absorbed, segment_tensor), wanted
 
-    def _replay(self, step: Step) -> torch.Tensor:
-        """One decode step of one token a sequence, through the graph of its size."""
-        logits = self._logits[: step.rows]
-        graph = self._graphs.get(step.rows)
-        if graph is None:
-            with runtime.Graph.capture() as graph:
-                self._decoder.logits(self._decoder.forward(step), logits)
-            self._graphs[step.rows] = graph
-        graph.replay()
-        return logits
+
+class _StepInputs:
+    """Where a step's inputs are laid out before they are checked and copied to the fixed buffers.
+
+    NumPy views of int32 tensors: Python writes them many times faster than tensors.
+    """
+
+    def __init__(self, vocab_size: int, limits: Limits) -> None:
+        self._vocab_size = vocab_size
+        self._limits = limits
+
+        def int32(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32)
+
+        self._token_ids = int32(limits.max_tokens)
+        self._positions = int32(limits.max_tokens)
+        self._row_seq = int32(limits.max_tokens)
+        self._tables = int32(limits.max_seqs * limits.table_width)
+        self._ids_view = self._token_ids.numpy()
+        self._positions_view = self._positions.numpy()
+        self._row_seq_view = self._row_seq.numpy()
+        self._tables_view = self._tables.numpy()
+        self._steps = np.arange(limits.max_tokens, dtype=np.int32)
+
+    def check_room(self, chunks: Sequence[SequenceChunk]) -> None:
+        """Raises RuntimeError where the chunks are more than the buffers hold."""
+        limits = self._limits
+        for what, found, most in (
+            ("sequences", len(chunks), limits.max_seqs),
+            ("tokens", sum(len(chunk.token_ids) for chunk in chunks), limits.max_tokens),
+            (
+                "blocks of a sequence",
+                max((len(chunk.block_table) for chunk in chunks), default=0),
+                limits.table_width,
+            ),
+        ):
+            if not 1 <= found <= most:
+                raise RuntimeError(f"a step holds 1 to {most} {what}, found {found}")
+
+    def put(self, seq: int, row: int, chunk: SequenceChunk, width: int) -> None:
+        """Lays out a chunk as sequence number `seq`, from `row` on; tables are `width` wide."""
+        end = row + len(chunk.token_ids)
+        self._ids_view[row:end] = chunk.token_ids
+        np.add(self._steps[: end - row], chunk.start, out=self._positions_view[row:end])
+        self._row_seq_view[row:end] = seq
+        start, held = seq * width, len(chunk.block_table)
+        self._tables_view[start : start + held] = chunk.block_table
+        self._tables_view[start + held : start + width] = -1
+
+    def check_into(self, buffers: Buffers, rows: int, seqs: int, width: int) -> None:
+        """Copies what was laid out into the fixed buffers, every value checked on the way."""
+        mla.load_step(
+            self._token_ids[:rows],
+            self._positions[:rows],
+            self._row_seq[:rows],
+            self._tables[: seqs * width].view(seqs, width),
+            self._vocab_size,
+            self._limits.num_blocks,
+            self._limits.block_size,
+            self._limits.max_position,
+            buffers.token_ids,
+            buffers.positions,
+            buffers.row_seq,
+            buffers.block_tables,
+        )
