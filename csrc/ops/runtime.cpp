@@ -65,6 +65,9 @@ void graph_free(int64_t handle) {
   graphs.erase(handle);
 }
 
+void profile_begin() { Team::get().begin_profile(); }
+std::string profile_end() { return Team::get().end_profile(); }
+
 double peak_ops(int64_t format, double seconds) {
   if (!is_format(format)) Call("peak_ops", true).fail("format", "a packed format in 1..5", std::to_string(format));
   return measure_peak(static_cast<Format>(format), seconds);
@@ -84,6 +87,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(latentcore, m) {
   m.def("graph_end() -> int");
   m.def("graph_replay(int handle) -> ()");
   m.def("graph_free(int handle) -> ()");
+  m.def("profile_begin() -> ()");
+  m.def("profile_end() -> str");
   m.def("peak_ops(int format, float seconds) -> float");
   m.def("read_bandwidth(int bytes, float seconds) -> float");
 }
@@ -100,6 +105,8 @@ STABLE_TORCH_LIBRARY_IMPL(latentcore, CompositeExplicitAutograd, m) {
   m.impl("graph_end", TORCH_BOX(&graph_end));
   m.impl("graph_replay", TORCH_BOX(&graph_replay));
   m.impl("graph_free", TORCH_BOX(&graph_free));
+  m.impl("profile_begin", TORCH_BOX(&profile_begin));
+  m.impl("profile_end", TORCH_BOX(&profile_end));
   m.impl("peak_ops", TORCH_BOX(&peak_ops));
   m.impl("read_bandwidth", TORCH_BOX(&read_bandwidth));
 }

@@ -116,21 +116,36 @@ struct Team::Impl {
   uint8_t* scratch = nullptr;
   size_t scratch_bytes = 0;
   Barrier barrier;  // between kernels and at the end of a region
+  std::unique_ptr<Profile> profile;
   int n = 1;
 
   void region(int tid) {
-    const Ctx ctx{tid, n, scratch, &barrier};
+    Stamps* const stamps = profile == nullptr ? nullptr : &profile->thread(tid);
+    if (stamps != nullptr) stamps->note();
+    const Ctx ctx{tid, n, scratch, &barrier, stamps};
     // Read once: behind the last barrier the caller may already have set the next region's nodes.
     const Node* const list = nodes;
     const size_t length = count;
     for (size_t i = 0; i < length; ++i) {
+      if (stamps != nullptr && tid == 0) profile->begin_kernel(list[i].kernel->name);
       if constexpr (kScratchGap > 0) {
         if (tid == 0) renew_scratch(scratch, list[i].kernel->scratch(list[i].args, n), scratch_bytes);
         ctx.barrier();
       }
       list[i].kernel->run(ctx, list[i].args);
-      ctx.barrier();
+      if (i + 1 < length) ctx.barrier();
     }
+    leave(ctx);
+  }
+
+  // The last barrier. Behind it the caller may read the others' stamps, so they go on as they arrive.
+  static void leave(const Ctx& ctx) {
+    if (ctx.stamps_ != nullptr) {
+      ctx.stamps_->note();
+      ctx.stamps_->note();
+    }
+    if (ctx.nt > 1) ctx.barrier_->wait();
+    if (ctx.stamps_ != nullptr && ctx.tid == 0) ctx.stamps_->at.back() = __rdtsc();
   }
 
   void work(int tid) {
@@ -191,6 +206,8 @@ void Team::resize(int n) {
   if (n < 1 || n > 1024) throw std::invalid_argument("threads must be in 1..1024, got " + std::to_string(n));
   std::lock_guard<std::mutex> lock(impl_->mutex);
   if (n == n_) return;
+  if (impl_->profile != nullptr)
+    throw std::runtime_error("the number of threads must stay while they are profiled");
   impl_->join();
   impl_->start(n);
   n_ = n;
@@ -205,11 +222,27 @@ void Team::run(const Node* nodes, size_t count) {
   impl_->scratch_bytes = scratch_bytes_;
   impl_->nodes = nodes;
   impl_->count = count;
+  if (impl_->profile != nullptr) impl_->profile->begin_region();
   if (n_ > 1) {
     impl_->epoch.fetch_add(1, std::memory_order_acq_rel);
     impl_->epoch.notify_all();
   }
   impl_->region(0);
+  if (impl_->profile != nullptr) impl_->profile->end_region();
+}
+
+void Team::begin_profile() {
+  std::lock_guard<std::mutex> lock(impl_->mutex);
+  if (impl_->profile != nullptr) throw std::runtime_error("a profile is under way");
+  impl_->profile = std::make_unique<Profile>(n_);
+}
+
+std::string Team::end_profile() {
+  std::lock_guard<std::mutex> lock(impl_->mutex);
+  if (impl_->profile == nullptr) throw std::runtime_error("no profile is under way");
+  const std::string json = impl_->profile->json();
+  impl_->profile.reset();
+  return json;
 }
 
 void Team::reserve(size_t bytes) {

@@ -7,6 +7,9 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <string>
+
+#include "runtime/profile.h"
 
 namespace lc {
 
@@ -33,8 +36,11 @@ struct Ctx {
   int nt;
   uint8_t* scratch;
   Barrier* barrier_;
+  Stamps* stamps_;  // none unless the team is profiled
   void barrier() const {
+    if (stamps_ != nullptr) stamps_->note();
     if (nt > 1) barrier_->wait();
+    if (stamps_ != nullptr) stamps_->note();
   }
 };
 
@@ -65,6 +71,10 @@ class Team {
   void reserve(size_t bytes);
   size_t scratch_bytes() const { return scratch_bytes_; }
   void release_scratch();
+  // Notes where the time of all regions goes until it is ended; the size must stay. Throws where
+  // one is under way (begin) or none (end). Gives Profile::json.
+  void begin_profile();
+  std::string end_profile();
 
   struct Impl;
 

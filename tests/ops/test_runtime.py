@@ -427,6 +427,65 @@ def test_graphs_are_apart() -> None:
     graphs[0].free()
 
 
+# ---- profiles ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_profile_names_what_ran(threads: int) -> None:
+    runtime.set_threads(threads)
+    linear, mlp = linear_job(Format.INT8), mlp_job(Format.BF16)
+    plain = [linear.alone(), mlp.alone()]
+    with runtime.Graph.capture() as graph:
+        linear.run(linear.out)
+        mlp.run(mlp.out)
+        linear.run(linear.out)
+    with runtime.Graph.capture() as empty:
+        pass
+    with runtime.profiled() as regions:
+        mlp.run(mlp.out)
+        empty.replay()
+        graph.replay()
+        empty.replay()
+        linear.run(linear.out)
+        assert regions == []
+    names = [[k.kernel for k in region.kernels] for region in regions]
+    assert names == [["mlp"], [], ["linear", "mlp", "linear"], [], ["linear"]]
+    assert torch.equal(bits(linear.out), bits(plain[0]))
+    assert torch.equal(bits(mlp.out), bits(plain[1]))
+    for region in regions:
+        assert region.seconds >= sum(k.seconds for k in region.kernels) - 1e-8
+        for k in region.kernels:
+            assert k.phases >= 1
+            assert 0 < k.own <= k.slowest + 1e-8 * k.phases
+            if threads == 1:
+                assert k.own == k.slowest <= k.seconds + 1e-8 * k.phases
+    phases = {k.kernel: k.phases for region in regions for k in region.kernels}
+    assert all(phases[k.kernel] == k.phases for region in regions for k in region.kernels)
+    graph.free()
+    empty.free()
+
+
+def test_a_profile_holds_the_number_of_threads() -> None:
+    runtime.set_threads(2)
+    with runtime.profiled(), pytest.raises(RuntimeError, match="number of threads must stay"):
+        runtime.set_threads(3)
+    runtime.set_threads(3)
+
+
+def test_profiles_do_not_nest() -> None:
+    job = linear_job(Format.BF16)
+    with runtime.profiled() as regions:
+        with pytest.raises(RuntimeError, match="a profile is under way"), runtime.profiled():
+            pytest.fail("the block must not run")
+        job.run(job.out)
+    assert len(regions) == 1
+    with pytest.raises(ZeroDivisionError), runtime.profiled() as after:
+        _ = 1 // 0
+    assert after == []
+    with runtime.profiled():
+        pass
+
+
 # ---- measurements ------------------------------------------------------------------------------
 
 

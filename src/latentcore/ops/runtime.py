@@ -1,7 +1,9 @@
 """Threads, instruction set, captured graphs, measurements."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from latentcore.errors import UserError
 from latentcore.ops.native import op, require_cpu
@@ -17,6 +19,8 @@ _graph_begin = op("graph_begin")
 _graph_end = op("graph_end")
 _graph_replay = op("graph_replay")
 _graph_free = op("graph_free")
+_profile_begin = op("profile_begin")
+_profile_end = op("profile_end")
 _peak_ops = op("peak_ops")
 _read_bandwidth = op("read_bandwidth")
 
@@ -81,6 +85,54 @@ def peak_ops(fmt: Format, seconds: float) -> float:
     has no bf16 instruction). A multiplication and an addition count as two.
     """
     return float(_peak_ops(int(fmt), seconds))
+
+
+@dataclass(frozen=True)
+class KernelRun:
+    """One run of a kernel, in seconds.
+
+    seconds   from its start to the barrier behind it
+    own       the time that a thread worked, the mean over threads; waiting at barriers excluded
+    slowest   the time that the slowest thread worked, added over the stretches between barriers
+    phases    how many such stretches there are
+    """
+
+    kernel: str
+    seconds: float
+    own: float
+    slowest: float
+    phases: int
+
+
+@dataclass(frozen=True)
+class Region:
+    """One parallel region: an op called eagerly, or the replay of a graph."""
+
+    seconds: float
+    kernels: tuple[KernelRun, ...]
+
+
+@contextmanager
+def profiled() -> Iterator[list[Region]]:
+    """Notes where the team's time goes inside the block; the list is filled at its end.
+
+    Regions of all threads of the program count. Raises RuntimeError where another profile is under
+    way. The number of threads must not change in the block. Costs two reads of the time-stamp
+    counter a barrier.
+    """
+    regions: list[Region] = []
+    _profile_begin()
+    try:
+        yield regions
+    finally:
+        for seconds, kernels in json.loads(_profile_end()):
+            runs = tuple(
+                KernelRun(
+                    name, time, sum(p[0] for p in phases), sum(p[1] for p in phases), len(phases)
+                )
+                for name, time, phases in kernels
+            )
+            regions.append(Region(seconds, runs))
 
 
 class Graph:
