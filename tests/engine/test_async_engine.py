@@ -17,8 +17,8 @@ from latentcore.engine.async_engine import (
     EngineDeadError,
     QueueFullError,
 )
-from latentcore.engine.engine import StepFailedError
-from latentcore.engine.outputs import RequestOutput
+from latentcore.engine.engine import Engine, StepFailedError, StepStats
+from latentcore.engine.outputs import RequestOutput, StepOutputs
 from latentcore.engine.sampling_params import RequestOutputKind, SamplingParams
 from latentcore.errors import RequestError
 from tests.engine.fakes import FakeRunner, make_engine, make_loaded
@@ -232,6 +232,53 @@ def test_a_failing_step_fails_its_requests_only() -> None:
                 await last(doomed)
             await last(fine)
             assert engine.dead is None
+
+    run(test)
+
+
+def test_a_request_that_cannot_be_taken_in_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_request = Engine.add_request
+
+    def failing(engine: Engine, request_id: str, *args: Any, **options: Any) -> None:
+        if request_id == "doomed":
+            raise ValueError("bad luck")
+        add_request(engine, request_id, *args, **options)
+
+    monkeypatch.setattr(Engine, "add_request", failing)
+
+    async def test() -> None:
+        async with engine_on(FakeRunner()) as engine:
+            with pytest.raises(StepFailedError, match="took this request in: bad luck"):
+                await last(engine.generate("a", PARAMS, "doomed"))
+            await last(engine.generate("a", PARAMS))
+            assert engine.dead is None
+            assert engine.num_unfinished == 0
+
+    run(test)
+
+
+def test_observers_are_told_of_every_request_that_ends() -> None:
+    """What they keep of a request can be dropped, however it ends."""
+
+    async def test() -> None:
+        runner = SlowRunner()
+        known: set[str] = set()
+
+        def observer(stats: StepStats, step: StepOutputs) -> None:
+            known.update(output.request_id for output in step.outputs)
+            ended = {output.request_id for output in step.outputs if output.finished}
+            known.difference_update(ended, step.failures, step.aborted)
+
+        async with engine_on(runner) as engine:
+            engine.observe(observer)
+            params = SamplingParams(max_tokens=200, ignore_eos=True)
+            stream = engine.generate("a", params, "gone")
+            async for _ in stream:
+                break
+            assert known == {"gone"}
+            await stream.aclose()  # type: ignore[attr-defined]
+            await last(engine.generate("a", PARAMS, "served"))
+            await until(lambda: not known)
 
     run(test)
 

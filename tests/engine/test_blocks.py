@@ -11,6 +11,7 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
+    run_state_machine_as_test,
 )
 
 from latentcore.engine.blocks import (
@@ -188,6 +189,8 @@ def test_releasing_twice_is_noticed() -> None:
 class BlockMachine(RuleBasedStateMachine):
     """Random holders of random token chains; what is found must be what was stored."""
 
+    operations = 0
+
     def __init__(self) -> None:
         super().__init__()
         self.blocks = BlockManager(12, SIZE, enable_prefix_caching=True)
@@ -239,8 +242,20 @@ class BlockMachine(RuleBasedStateMachine):
 
     @invariant()
     def whole(self) -> None:
+        type(self).operations += 1
         self.blocks.check_integrity(self.tables)
 
+    def teardown(self) -> None:
+        for table in self.tables:
+            self.blocks.release(table)
+        self.blocks.check_integrity([])
+        assert self.blocks.num_free == self.blocks.num_blocks
 
-TestBlockMachine = BlockMachine.TestCase
-TestBlockMachine.settings = settings(max_examples=100, stateful_step_count=100, deadline=None)
+
+def test_ten_thousand_random_operations() -> None:
+    """Each followed by `check_integrity`; examples may be shorter than Hypothesis is told."""
+    BlockMachine.operations = 0
+    while BlockMachine.operations < 10_000:
+        run_state_machine_as_test(  # type: ignore[no-untyped-call]
+            BlockMachine, settings=settings(max_examples=50, stateful_step_count=100, deadline=None)
+        )

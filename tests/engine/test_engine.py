@@ -5,7 +5,12 @@ from collections.abc import Sequence
 
 import pytest
 
-from latentcore.engine.engine import Engine, GrammarDeadEndError, StepFailedError
+from latentcore.engine.engine import (
+    MAX_PROMPT_LOGPROB_TOKENS,
+    Engine,
+    GrammarDeadEndError,
+    StepFailedError,
+)
 from latentcore.engine.outputs import RequestOutput
 from latentcore.engine.request import Prompt, RequestPreparer
 from latentcore.engine.sampling_params import (
@@ -293,7 +298,19 @@ def test_prompt_logprobs_read_the_prompt_afresh(budget: int) -> None:
         assert at is not None
         assert token in at
     assert found == alone(prompt, asked).prompt_logprobs
-    assert max(len(c.token_ids) for step in runner.steps for c in step if c.logits == "all") <= 128
+
+
+def test_prompt_logprobs_of_many_at_once_take_bounded_memory() -> None:
+    """Whatever the budget, the rows of logits of a step are limited."""
+    runner = FakeRunner(max_num_batched_tokens=2048)
+    engine, preparer = make_engine(runner)
+    asked = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+    prompts = [tokens(*[(first + i) % 256 for i in range(400)]) for first in range(4)]
+    outputs = run(engine, preparer, [(prompt, asked) for prompt in prompts])
+    rows = [sum(len(c.token_ids) for c in step if c.logits == "all") for step in runner.steps]
+    assert max(rows) == MAX_PROMPT_LOGPROB_TOKENS
+    for output, prompt in zip(outputs, prompts, strict=True):
+        assert output.prompt_logprobs == alone(prompt, asked).prompt_logprobs
 
 
 def test_prompt_logprobs_survive_preemption() -> None:
@@ -343,6 +360,26 @@ def test_a_failing_step_fails_its_requests_and_the_engine_goes_on() -> None:
     again = run(engine, preparer, [(prompts[1], params)])[0]
     fresh = alone(prompts[1], params)
     assert answers(again) == answers(fresh)
+
+
+def test_the_last_steps_figures_are_its_own() -> None:
+    """Those of a step that failed, or that had nothing to do, are not the ones before."""
+    runner = FakeRunner()
+    engine, preparer = make_engine(runner)
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
+    engine.add_request("doomed", preparer.prepare("ab", params))
+    engine.step()
+    assert (engine.last_step.prompt_tokens, engine.last_step.generated_tokens) == (2, 1)
+    runner.fail_next = RuntimeError("bad luck")
+    engine.step()
+    assert (engine.last_step.prompt_tokens, engine.last_step.generated_tokens) == (0, 0)
+    engine.add_request("a", preparer.prepare("abc", params))
+    engine.step()
+    assert engine.last_step.prompt_tokens == 3
+    engine.abort("a")
+    assert engine.step().aborted == ["a"]
+    assert engine.last_step.prompt_tokens == 0
+    assert engine.step().aborted == []
 
 
 def test_aborting_frees_blocks_at_once() -> None:

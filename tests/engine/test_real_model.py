@@ -1,32 +1,56 @@
 """The engine on the real runner and sampler, with a small random checkpoint."""
 
 import asyncio
+import functools
 import gc
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from latentcore import LLM, AsyncEngine, SamplingParams
 from latentcore.config import EngineConfig, ModelConfig
+from latentcore.engine.outputs import RequestOutput
 from latentcore.engine.request import Prompt
 from latentcore.errors import RequestError
 from latentcore.models.runner import cache_bytes_per_token
-from tests.engine.test_engine import answers, random_work
+from tests.engine.test_engine import random_work
+
+every_format = pytest.mark.parametrize("fmt", ["auto", "w8a8_int8", "fp8"])
 
 
-@pytest.fixture(scope="module")
-def alone(tiny_model: Path) -> list[list[list[int]]]:
-    """Every request's answer when it runs by itself."""
-    with LLM(tiny_model, threads=1, enable_prefix_caching=False) as llm:
-        return [answers(llm.generate(prompt, params)[0]) for prompt, params in work()]
+def bits(output: RequestOutput) -> list[tuple[list[int], list[dict[int, float]] | None]]:
+    """A request's tokens, and to the last bit the log-probabilities that it asked for."""
+    return [
+        (
+            list(choice.token_ids),
+            choice.logprobs
+            and [{token: one.logprob for token, one in at.items()} for at in choice.logprobs],
+        )
+        for choice in output.outputs
+    ]
 
 
 def work() -> list[tuple[Prompt, SamplingParams]]:
     return random_work(3, 12)
 
 
+@pytest.fixture(scope="module")
+def alone(tiny_model: Path) -> Callable[[str], list[RequestOutput]]:
+    """Every request's answer in a format when it runs by itself, on one thread."""
+
+    @functools.cache
+    def answer(fmt: str) -> list[RequestOutput]:
+        with LLM(tiny_model, quantization=fmt, threads=1, enable_prefix_caching=False) as llm:
+            return [llm.generate(prompt, params)[0] for prompt, params in work()]
+
+    return answer
+
+
+@every_format
 @pytest.mark.parametrize(
     "options",
     [
@@ -37,33 +61,41 @@ def work() -> list[tuple[Prompt, SamplingParams]]:
     ids=["together", "small chunks", "eager"],
 )
 def test_an_answer_does_not_depend_on_its_company(
-    options: dict[str, int], tiny_model: Path, alone: list[list[list[int]]]
+    options: dict[str, Any],
+    fmt: str,
+    tiny_model: Path,
+    alone: Callable[[str], list[RequestOutput]],
 ) -> None:
-    with LLM(tiny_model, threads=1, enable_prefix_caching=False, **options) as llm:  # type: ignore[arg-type]
+    with LLM(
+        tiny_model, quantization=fmt, threads=2, enable_prefix_caching=False, **options
+    ) as llm:
         prompts, params = zip(*work(), strict=True)
         outputs = llm.generate(list(prompts), list(params))
-    assert [answers(output) for output in outputs] == alone
+    assert list(map(bits, outputs)) == list(map(bits, alone(fmt)))
 
 
+@every_format
 @pytest.mark.parametrize("caching", [False, True])
-def test_an_answer_does_not_depend_on_preemption(caching: bool, tiny_model: Path) -> None:
-    params = SamplingParams(seed=1, max_tokens=99, ignore_eos=True)
+def test_an_answer_does_not_depend_on_preemption(caching: bool, fmt: str, tiny_model: Path) -> None:
+    params = SamplingParams(seed=1, max_tokens=99, ignore_eos=True, logprobs=1)
     prompts: list[Prompt] = [
         {"prompt_token_ids": list(range(start, start + 50))} for start in range(10)
     ]
     block = cache_bytes_per_token(ModelConfig.from_dir(tiny_model)) * 64
-    with LLM(tiny_model, threads=1) as llm:
-        expected = [answers(llm.generate(prompt, params)[0]) for prompt in prompts]
+    with LLM(tiny_model, quantization=fmt, threads=1) as llm:
+        expected = [bits(llm.generate(prompt, params)[0]) for prompt in prompts]
     with LLM(
         tiny_model,
-        threads=1,
+        quantization=fmt,
+        threads=2,
         kv_cache_memory=9 * block,
         max_model_len=512,
+        max_num_batched_tokens=70,
         enable_prefix_caching=caching,
     ) as llm:
         outputs = llm.generate(prompts, params)
         assert llm._engine.scheduler.num_preemptions > 3
-    assert [answers(output) for output in outputs] == expected
+    assert [bits(output) for output in outputs] == expected
 
 
 def test_prompt_logprobs_are_the_same_in_chunks_and_after_a_hit(tiny_model: Path) -> None:
@@ -121,19 +153,21 @@ def test_what_does_not_fit_is_refused_with_the_numbers(tiny_model: Path) -> None
         llm.generate("a" * 70)
 
 
-def test_streams_on_the_real_model(tiny_model: Path, alone: list[list[list[int]]]) -> None:
+def test_streams_on_the_real_model(
+    tiny_model: Path, alone: Callable[[str], list[RequestOutput]]
+) -> None:
     config = EngineConfig(threads=1, enable_prefix_caching=False, max_num_seqs=4)
 
-    async def answer(engine: AsyncEngine, item: tuple[Prompt, SamplingParams]) -> list[list[int]]:
-        final = [output async for output in engine.generate(*item)][-1]
-        return answers(final)
+    async def answer(engine: AsyncEngine, item: tuple[Prompt, SamplingParams]) -> RequestOutput:
+        return [output async for output in engine.generate(*item)][-1]
 
-    async def main() -> list[list[list[int]]]:
+    async def main() -> list[RequestOutput]:
         engine = AsyncEngine(tiny_model, engine_config=config)
         try:
             return await asyncio.gather(*(answer(engine, item) for item in work()))
         finally:
             await asyncio.to_thread(engine.close)
 
-    assert asyncio.run(asyncio.wait_for(main(), 120)) == alone
+    outputs = asyncio.run(asyncio.wait_for(main(), 120))
+    assert list(map(bits, outputs)) == list(map(bits, alone("auto")))
     assert not [t for t in threading.enumerate() if t.name == "latentcore-engine"]

@@ -6,7 +6,13 @@ import sys
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from latentcore.engine.blocks import BlockManager
 from latentcore.engine.scheduler import (
@@ -26,13 +32,18 @@ def choose_path(uncached: int, context: int) -> Path:
 
 
 def make(
-    num_blocks: int = 16, max_num_seqs: int = 4, budget: int = 8, caching: bool = True
+    num_blocks: int = 16,
+    max_num_seqs: int = 4,
+    budget: int = 8,
+    caching: bool = True,
+    max_afresh_tokens: int = 99,
 ) -> Scheduler:
     blocks = BlockManager(num_blocks, SIZE, enable_prefix_caching=caching)
     return Scheduler(
         blocks,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
+        max_afresh_tokens=max_afresh_tokens,
         choose_path=choose_path,
     )
 
@@ -189,6 +200,24 @@ def test_reading_afresh_looks_up_nothing() -> None:
     assert (chunk.start, chunk.num_tokens) == (0, 16)
 
 
+def test_prompts_read_afresh_share_an_allowance() -> None:
+    """Each of their tokens takes a row of logits."""
+    scheduler = make(num_blocks=64, max_num_seqs=8, budget=16, max_afresh_tokens=5)
+    queue = Queue(scheduler)
+    fresh = [queue.add([number] * 7, reads_afresh=True) for number in range(3)]
+    step(scheduler)
+    other = queue.add([9] * 6)
+    steps = 1
+    while any(sequence.num_output_tokens < 1 for sequence in fresh):
+        schedule = step(scheduler)
+        steps += 1
+        reading = [c for c in schedule.chunks if c.sequence in fresh and c.path == "prefill"]
+        assert sum(c.num_tokens for c in reading) == min(5, 21 - 5 * (steps - 1))
+    assert steps == 5
+    assert other.num_output_tokens > 0
+    assert [c.num_tokens for c in step(scheduler).chunks] == [1, 1, 1, 1]
+
+
 def test_preemption_takes_the_last_and_recomputes_on_the_same_paths() -> None:
     scheduler = make(num_blocks=5, max_num_seqs=2, budget=16, caching=False)
     queue = Queue(scheduler)
@@ -216,6 +245,7 @@ def test_a_preempted_sequence_refuses_equal_tokens_of_another_path() -> None:
         BlockManager(5, SIZE, enable_prefix_caching=True),
         max_num_seqs=3,
         max_num_batched_tokens=16,
+        max_afresh_tokens=16,
         choose_path=lambda uncached, context: paths[0],
     )
     queue = Queue(scheduler)
@@ -258,7 +288,15 @@ def test_the_number_of_running_sequences_is_limited() -> None:
 def test_limits_must_make_sense() -> None:
     blocks = BlockManager(1, SIZE, enable_prefix_caching=True)
     with pytest.raises(ValueError, match="max_num_seqs"):
-        Scheduler(blocks, max_num_seqs=9, max_num_batched_tokens=8, choose_path=choose_path)
+        Scheduler(
+            blocks,
+            max_num_seqs=9,
+            max_num_batched_tokens=8,
+            max_afresh_tokens=8,
+            choose_path=choose_path,
+        )
+    with pytest.raises(ValueError, match="max_afresh_tokens"):
+        make(max_afresh_tokens=0)
 
 
 def _run_prompt(scheduler: Scheduler, queue: Queue, prompt: list[int]) -> ScheduledSequence:
@@ -272,18 +310,26 @@ class SchedulerMachine(RuleBasedStateMachine):
     """Random requests against a model of the cache's contents.
 
     Each block's slot records, for every token in it, the whole history that the token was computed
-    from: the tokens and paths up to it. A chunk may only be computed over exactly its own history,
-    and after pre-emption that history must be the one that it had before.
+    from, as a hash of the tokens and paths up to it. A chunk may only be computed over exactly its
+    own history, and after pre-emption that history must be the one that it had before. Whatever
+    came before, all that is left at the end finishes in a number of steps that its tokens allow.
     """
+
+    BLOCKS = 10
+    LONGEST = BLOCKS * SIZE - 4
+    AFRESH = 5
+    steps_taken = 0
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = make(num_blocks=10, max_num_seqs=4, budget=7)
+        self.scheduler = make(
+            num_blocks=self.BLOCKS, max_num_seqs=4, budget=7, max_afresh_tokens=self.AFRESH
+        )
         self.queue = Queue(self.scheduler)
-        self.slots: dict[tuple[int, int], tuple[int, ...]] = {}
-        self.histories: dict[int, list[tuple[int, Path]]] = {}
+        self.slots: dict[tuple[int, int], int] = {}
+        self.histories: dict[int, list[int]] = {}
         self.live: list[ScheduledSequence] = []
-        self.steps_without_finish = 0
+        self.told: list[list[int]] = []
 
     @rule(
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=20),
@@ -293,11 +339,17 @@ class SchedulerMachine(RuleBasedStateMachine):
     def add(self, prompt: list[int], priority: int, reads_afresh: bool) -> None:
         self.live.append(self.queue.add(prompt, priority, reads_afresh))
 
+    @precondition(lambda self: self.told)
+    @rule(data=st.data(), more=st.lists(st.integers(0, 1), min_size=1, max_size=6))
+    def next_turn(self, data: st.DataObject, more: list[int]) -> None:
+        """A chat goes on: what was asked and answered before is the new prompt's beginning."""
+        before = data.draw(st.sampled_from(self.told))
+        self.live.append(self.queue.add([*before, *more][: self.LONGEST]))
+
     @precondition(lambda self: self.live)
     @rule(data=st.data())
-    def finish(self, data: st.DataObject) -> None:
-        number = data.draw(st.integers(0, len(self.live) - 1))
-        self.scheduler.finish(self.live.pop(number))
+    def leave(self, data: st.DataObject) -> None:
+        self.end(self.live[data.draw(st.integers(0, len(self.live) - 1))])
 
     @precondition(lambda self: any(s.num_output_tokens for s in self.live))
     @rule(data=st.data())
@@ -309,59 +361,91 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.queue.arrivals += 1
             self.live.append(child)
 
+    @rule()
+    def forget(self) -> None:
+        self.scheduler.blocks.forget_cached()
+
     @rule(fails=st.sampled_from([False] * 9 + [True]), token=st.integers(0, 1))
     def step(self, fails: bool, token: int) -> None:
         schedule = self.scheduler.schedule()
-        assert schedule.num_tokens <= self.scheduler.max_num_batched_tokens
-        assert len({id(c.sequence) for c in schedule.chunks}) == len(schedule.chunks)
-        if self.scheduler.has_work:
-            assert schedule.chunks or schedule.preempted, "there is work but nothing is done"
-        generating = [s for s in self.scheduler.running if s.generating]
-        assert all(any(c.sequence is s for c in schedule.chunks) for s in generating)
+        self.check(schedule)
         for chunk in schedule.chunks:
             self.compute(chunk.sequence, chunk.start, chunk.num_tokens, chunk.path)
         if fails:
             for chunk in schedule.chunks:
-                self.scheduler.finish(chunk.sequence)
-                self.live.remove(chunk.sequence)
+                self.end(chunk.sequence)
             return
         self.scheduler.complete(schedule)
         for chunk in schedule.chunks:
             if chunk.samples:
                 self.scheduler.append_token(chunk.sequence, token)
-                if chunk.sequence.num_tokens > 10 * SIZE - 4:
-                    self.scheduler.finish(chunk.sequence)
-                    self.live.remove(chunk.sequence)
+                if chunk.sequence.num_tokens > self.LONGEST:
+                    self.end(chunk.sequence)
+
+    def check(self, schedule: Schedule) -> None:
+        scheduler = self.scheduler
+        assert schedule.num_tokens <= scheduler.max_num_batched_tokens
+        taken = [chunk.sequence for chunk in schedule.chunks]
+        assert len(set(map(id, taken))) == len(taken)
+        if scheduler.has_work:
+            assert taken, "there is work but nothing is done"
+            assert scheduler.running[0] in taken, "the first in rank does not advance"
+        for sequence in scheduler.running:
+            assert not sequence.generating or sequence in taken, "a generating sequence waits"
+        for sequence in schedule.preempted:
+            assert sequence.rank > scheduler.running[0].rank, "the first in rank is pre-empted"
+        afresh = [
+            chunk.num_tokens
+            for chunk in schedule.chunks
+            if chunk.sequence.reads_afresh and chunk.start < chunk.sequence.num_prompt_tokens
+        ]
+        assert sum(afresh) <= self.AFRESH
 
     def compute(self, sequence: ScheduledSequence, start: int, count: int, path: Path) -> None:
         history = self.histories.setdefault(sequence.rank[1], [])
-        for position in range(start):
-            block, offset = sequence.table[position // SIZE], position % SIZE
-            past = self.slots[block, offset]
+        for position in range(start + count):
+            taken = sequence.run_at(position)[1] if position < start else path
+            past = history[position - 1] if position else 0
+            now = hash((past, sequence.token_ids[position], taken))
             if position == len(history):
-                history.append((sequence.token_ids[position], sequence.run_at(position)[1]))
-            assert past == tuple(history[: position + 1]), "reads what it did not compute"
-        for position in range(start, start + count):
-            entry = (sequence.token_ids[position], path)
-            if position == len(history):
-                history.append(entry)
-            assert history[position] == entry, "recomputed on another path than before"
-            block, offset = sequence.table[position // SIZE], position % SIZE
-            self.slots[block, offset] = tuple(history[: position + 1])
+                history.append(now)
+            assert history[position] == now, "recomputed on another path than before"
+            slot = sequence.table[position // SIZE], position % SIZE
+            if position < start:
+                assert self.slots[slot] == now, "reads what it did not compute"
+            self.slots[slot] = now
+
+    def end(self, sequence: ScheduledSequence) -> None:
+        self.told.append(list(sequence.token_ids))
+        self.scheduler.finish(sequence)
+        self.live.remove(sequence)
 
     @invariant()
     def whole(self) -> None:
+        type(self).steps_taken += 1
         self.scheduler.check_integrity()
         assert {id(s) for s in self.live} == {
             id(s) for s in (*self.scheduler.running, *self.scheduler.waiting)
         }
 
     def teardown(self) -> None:
-        for sequence in self.live:
-            self.scheduler.finish(sequence)
-        self.scheduler.check_integrity()
+        # The first in rank advances in every step, by one token at least; it can be pre-empted by
+        # nobody. So each sequence takes at most as many steps as it has tokens, once it is first.
+        allowed = len(self.live) * (self.LONGEST + 1)
+        while self.live:
+            self.step(False, 0)
+            self.whole()
+            allowed -= 1
+            assert allowed >= 0, "somebody starves"
+        assert not self.scheduler.has_work
         assert self.scheduler.blocks.num_free == self.scheduler.blocks.num_blocks
 
 
-TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=100, stateful_step_count=100, deadline=None)
+def test_ten_thousand_random_steps() -> None:
+    """Each followed by `check_integrity`; examples may be shorter than Hypothesis is told."""
+    SchedulerMachine.steps_taken = 0
+    while SchedulerMachine.steps_taken < 10_000:
+        run_state_machine_as_test(  # type: ignore[no-untyped-call]
+            SchedulerMachine,
+            settings=settings(max_examples=50, stateful_step_count=100, deadline=None),
+        )

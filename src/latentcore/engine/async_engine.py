@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from latentcore.config import EngineConfig
-from latentcore.engine.engine import Engine, StepStats
+from latentcore.engine.engine import Engine, StepFailedError, StepStats
 from latentcore.engine.loading import LoadedModel, Progress, load_model
 from latentcore.engine.outputs import RequestOutput, StepOutputs
 from latentcore.engine.request import PreparedRequest, Prompt, RequestPreparer
@@ -171,8 +171,9 @@ class AsyncEngine:
 
     def abort(self, request_id: str) -> None:
         """Ends a request before the next step; its stream gets nothing more."""
-        if self._streams.pop(request_id, None) is not None:
-            self._inbox.put(lambda: self._engine.abort(request_id))
+        with self._lock:  # a request that takes over the id must come after this in the inbox
+            if self._streams.pop(request_id, None) is not None:
+                self._inbox.put(lambda: self._engine.abort(request_id))
 
     async def drain(self, timeout: float) -> bool:
         """Takes nothing new and waits for what runs; False where the time did not suffice."""
@@ -229,8 +230,15 @@ class AsyncEngine:
 
     def _take(self, request_id: str, prepared: PreparedRequest, priority: int) -> None:
         self._taken += 1
-        if request_id in self._streams:
+        if request_id not in self._streams:
+            return
+        try:
             self._engine.add_request(request_id, prepared, priority=priority)
+        except Exception as error:
+            logger.exception("a request could not be taken in")
+            failure = StepFailedError(f"the engine failed while it took this request in: {error}")
+            failure.__cause__ = error
+            self._deliver(StepOutputs(failures={request_id: failure}))
 
     def _deliver(self, step: StepOutputs) -> None:
         by_loop: dict[

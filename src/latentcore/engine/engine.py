@@ -41,8 +41,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("latentcore.engine")
 
-MAX_PROMPT_LOGPROB_CHUNK = 128
-"""Tokens of a prompt read in one step when logits are wanted at every one of them."""
+MAX_PROMPT_LOGPROB_TOKENS = 512
+"""Most tokens of a step within prompts whose log-probabilities are wanted, of all sequences: each
+takes a row of logits, half a megabyte with a vocabulary of 129,280."""
 
 
 class Runner(Protocol):
@@ -207,6 +208,7 @@ class Engine:
             ),
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=runner.max_num_batched_tokens,
+            max_afresh_tokens=MAX_PROMPT_LOGPROB_TOKENS,
             choose_path=runner.choose_path,
         )
         self.limits = ModelLimits(
@@ -218,6 +220,7 @@ class Engine:
         self._requests: dict[str, _Request] = {}
         self._owners: dict[tuple[int, int], tuple[_Request, _Choice]] = {}
         self._arrivals = 0
+        self._aborted: list[str] = []
         self._masks = ThreadPoolExecutor(1, thread_name_prefix="latentcore-masks")
 
     @property
@@ -261,8 +264,6 @@ class Engine:
             priority=priority,
             reads_afresh=params.prompt_logprobs is not None,
         )
-        if params.prompt_logprobs is not None:
-            sequence.max_chunk = MAX_PROMPT_LOGPROB_CHUNK
         self._requests[request_id] = request
         self._adopt(request, request.choices[0], sequence)
         self.scheduler.add(sequence)
@@ -272,6 +273,7 @@ class Engine:
         request = self._requests.get(request_id)
         if request is not None:
             self._drop(request)
+            self._aborted.append(request_id)
 
     def step(self) -> StepOutputs:
         """Runs one step and returns what came of it.
@@ -279,22 +281,25 @@ class Engine:
         A step that fails fails its requests and no others; their blocks are freed.
         """
         started = time.monotonic()
+        aborted, self._aborted = self._aborted, []
         schedule = self.scheduler.schedule()
-        if not schedule.chunks:
-            return StepOutputs()
         self._note_scheduled(schedule, started)
-        stats = StepStats(num_sequences=len(schedule.chunks), num_preempted=len(schedule.preempted))
+        self.last_step = stats = StepStats(
+            num_sequences=len(schedule.chunks), num_preempted=len(schedule.preempted)
+        )
+        if not schedule.chunks:
+            return StepOutputs(aborted=aborted)
         try:
             touched, failures = self._run(schedule, stats)
         except Exception as error:
             logger.exception("a step failed")
             failure = StepFailedError(f"the engine failed while it computed this request: {error}")
             failure.__cause__ = error
-            return StepOutputs(failures=self._fail(schedule, failure))
+            self.last_step = StepStats(num_preempted=len(schedule.preempted))
+            return StepOutputs(failures=self._fail(schedule, failure), aborted=aborted)
         outputs = self._publish(touched)
         stats.step_time = time.monotonic() - started
-        self.last_step = stats
-        return StepOutputs(outputs=outputs, failures=failures)
+        return StepOutputs(outputs=outputs, failures=failures, aborted=aborted)
 
     def check_integrity(self) -> None:
         """Compares requests, queues and blocks with each other; raises on any contradiction."""

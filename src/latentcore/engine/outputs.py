@@ -84,7 +84,12 @@ class RequestOutput:
 
 @dataclass(slots=True)
 class StepOutputs:
-    """What one engine step published: outputs, and the requests that failed in it."""
+    """What one engine step published.
+
+    `failures`: the requests that failed in it. `aborted`: those that were dropped since the step
+    before, of which nothing more will come.
+    """
 
     outputs: list[RequestOutput] = field(default_factory=list)
     failures: dict[str, BaseException] = field(default_factory=dict)
+    aborted: list[str] = field(default_factory=list)

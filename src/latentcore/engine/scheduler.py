@@ -46,14 +46,12 @@ class ScheduledSequence:
     """One sequence's tokens, its place in the cache, and the paths its tokens are computed on.
 
     `runs` lists (end position, path) for the positions of the prompt, in order, once the paths are
-    chosen; positions past the last run are generated ones, on the decode path. `max_chunk` limits
-    the tokens computed in one step, where it is set.
+    chosen; positions past the last run are generated ones, on the decode path.
     """
 
     __slots__ = (
         "keys",
         "lineages",
-        "max_chunk",
         "num_cached_tokens",
         "num_computed",
         "num_preemptions",
@@ -69,14 +67,17 @@ class ScheduledSequence:
     def __init__(
         self, prompt_token_ids: Sequence[int], *, arrival: int, priority: int, reads_afresh: bool
     ) -> None:
-        """`arrival` counts up and is unique. `reads_afresh`: the prefix cache is not looked at."""
+        """`arrival` counts up and is unique.
+
+        `reads_afresh`: logits are wanted at every token of the prompt, so the prefix cache is not
+        looked at, and few of its tokens are read in a step.
+        """
         if not prompt_token_ids:
             raise ValueError("a sequence needs at least one token")
         self.token_ids = array("I", prompt_token_ids)
         self.num_prompt_tokens = len(prompt_token_ids)
         self.rank = (arrival + priority * PRIORITY_STRIDE, arrival)
         self.reads_afresh = reads_afresh
-        self.max_chunk: int | None = None
         self.status = Status.WAITING
         self.num_computed = 0
         self.num_cached_tokens = 0
@@ -144,9 +145,10 @@ class ScheduledChunk:
 
 @dataclass(slots=True)
 class Schedule:
-    """One step's work."""
+    """One step's work. `afresh_tokens` of its tokens are of prompts that are read afresh."""
 
     chunks: list[ScheduledChunk] = field(default_factory=list)
+    afresh_tokens: int = 0
     admitted: list[ScheduledSequence] = field(default_factory=list)
     preempted: list[ScheduledSequence] = field(default_factory=list)
 
@@ -156,7 +158,11 @@ class Schedule:
 
 
 class Scheduler:
-    """Queues, budget and pre-emption. `choose_path(uncached tokens, context)` is the runner's."""
+    """Queues, budget and pre-emption.
+
+    `max_afresh_tokens`: how many tokens a step holds at most of prompts that are read afresh, since
+    each takes a row of logits. `choose_path(uncached tokens, context)` is the runner's.
+    """
 
     def __init__(
         self,
@@ -164,6 +170,7 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        max_afresh_tokens: int,
         choose_path: Callable[[int, int], Path],
     ) -> None:
         if not 1 <= max_num_seqs <= max_num_batched_tokens:
@@ -171,9 +178,12 @@ class Scheduler:
                 "expected 1 <= max_num_seqs <= max_num_batched_tokens, found "
                 f"{max_num_seqs} and {max_num_batched_tokens}"
             )
+        if max_afresh_tokens < 1:
+            raise ValueError(f"expected max_afresh_tokens of at least 1, found {max_afresh_tokens}")
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_afresh_tokens = max_afresh_tokens
         self._choose_path = choose_path
         self._waiting: list[ScheduledSequence] = []
         self._running: list[ScheduledSequence] = []
@@ -238,13 +248,14 @@ class Scheduler:
         for sequence in self._running:
             if budget == 0:
                 break
-            if not sequence.generating:
+            if not sequence.generating and self._has_room(schedule, sequence):
                 budget -= self._take(schedule, sequence, budget)
         while (
             budget > 0
             and self._waiting
             and not schedule.preempted
             and len(self._running) < self.max_num_seqs
+            and self._has_room(schedule, self._waiting[0])
             and self._admit(self._waiting[0])
         ):
             sequence = self._waiting.pop(0)
@@ -315,11 +326,20 @@ class Scheduler:
         start = sequence.num_computed
         run_end, path = sequence.run_at(start)
         num_tokens = min(run_end - start, budget)
-        if sequence.max_chunk is not None:
-            num_tokens = min(num_tokens, sequence.max_chunk)
+        if sequence.reads_afresh and start < sequence.num_prompt_tokens:
+            num_tokens = min(num_tokens, self.max_afresh_tokens - schedule.afresh_tokens)
+            schedule.afresh_tokens += num_tokens
         samples = start + num_tokens == len(sequence.token_ids)
         schedule.chunks.append(ScheduledChunk(sequence, start, num_tokens, path, samples))
         return num_tokens
+
+    def _has_room(self, schedule: Schedule, sequence: ScheduledSequence) -> bool:
+        """Whether the step may hold more of a sequence that is not generating."""
+        return (
+            not sequence.reads_afresh
+            or sequence.num_computed >= sequence.num_prompt_tokens
+            or schedule.afresh_tokens < self.max_afresh_tokens
+        )
 
     def _grow(self, sequence: ScheduledSequence, schedule: Schedule) -> bool:
         """Makes room for the sequence's next token; False where it was pre-empted itself."""

@@ -106,12 +106,8 @@ class Metrics:
                         model_name=self._labels["model_name"],
                         finished_reason=choice.finish_reason,
                     ).inc()
-        for request_id in step.failures:
+        for request_id in (*step.failures, *step.aborted):
             self._last_token.pop(request_id, None)
-
-    def forget(self, request_id: str) -> None:
-        """Drops what is kept of a request that was aborted."""
-        self._last_token.pop(request_id, None)
 
     def render(self) -> bytes:
         """The metrics in Prometheus' text format."""
