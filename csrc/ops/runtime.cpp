@@ -72,7 +72,7 @@ double peak_ops(int64_t format, double seconds) {
   if (!is_format(format)) Call("peak_ops", true).fail("format", "a packed format in 1..5", std::to_string(format));
   return measure_peak(static_cast<Format>(format), seconds);
 }
-double read_bandwidth(int64_t bytes, double seconds) { return measure_read_bandwidth(bytes, seconds); }
+double read_bandwidth(double seconds) { return measure_read_bandwidth(seconds); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(latentcore, m) {
   m.def("set_threads(int n) -> ()");
@@ -90,7 +90,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(latentcore, m) {
   m.def("profile_begin() -> ()");
   m.def("profile_end() -> str");
   m.def("peak_ops(int format, float seconds) -> float");
-  m.def("read_bandwidth(int bytes, float seconds) -> float");
+  m.def("last_level_cache() -> int");
+  m.def("read_bandwidth(float seconds) -> float");
 }
 STABLE_TORCH_LIBRARY_IMPL(latentcore, CompositeExplicitAutograd, m) {
   m.impl("set_threads", TORCH_BOX(&set_threads));
@@ -108,6 +109,7 @@ STABLE_TORCH_LIBRARY_IMPL(latentcore, CompositeExplicitAutograd, m) {
   m.impl("profile_begin", TORCH_BOX(&profile_begin));
   m.impl("profile_end", TORCH_BOX(&profile_end));
   m.impl("peak_ops", TORCH_BOX(&peak_ops));
+  m.impl("last_level_cache", TORCH_BOX(&last_level_cache));
   m.impl("read_bandwidth", TORCH_BOX(&read_bandwidth));
 }
 

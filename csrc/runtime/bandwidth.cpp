@@ -1,11 +1,16 @@
 #include "runtime/bandwidth.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
+#include <cstdlib>
+#include <fstream>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/args.h"
@@ -14,6 +19,8 @@
 
 namespace lc {
 namespace {
+
+constexpr int64_t kLeastBytes = 512 << 20;
 
 struct ReadArgs {
   const uint8_t* data;
@@ -64,8 +71,32 @@ void touch_kernel(const Ctx& ctx, const void* p) {
 
 }  // namespace
 
-double measure_read_bandwidth(int64_t bytes, double seconds) {
+int64_t last_level_cache() {
+  // Caches are told apart by level and by the processors that share them.
+  std::set<std::pair<int, std::string>> seen;
+  int last = 0;
+  int64_t total = 0;
+  for (int cpu = 0;; ++cpu) {
+    const std::string base = "/sys/devices/system/cpu/cpu" + std::to_string(cpu);
+    if (access(base.c_str(), F_OK) != 0) return total;
+    for (int index = 0;; ++index) {
+      const std::string cache = base + "/cache/index" + std::to_string(index);
+      int level;
+      std::string shared, size;
+      if (!(std::ifstream(cache + "/level") >> level)) break;
+      std::ifstream(cache + "/shared_cpu_list") >> shared;
+      std::ifstream(cache + "/size") >> size;
+      if (level < last || !seen.insert({level, shared}).second) continue;
+      if (level > last) total = 0;
+      last = level;
+      total += std::atoll(size.c_str()) << 10;  // "32768K"
+    }
+  }
+}
+
+double measure_read_bandwidth(double seconds) {
   Team& team = Team::get();
+  const int64_t bytes = std::max<int64_t>(kLeastBytes, 2 * last_level_cache());
   const int64_t share = std::max<int64_t>(bytes / team.size() / 4096 * 4096, 4096 * 8);
   const size_t total = static_cast<size_t>(share * team.size());
   void* mem = mmap(nullptr, total, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

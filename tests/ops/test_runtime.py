@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -492,9 +493,19 @@ def test_profiles_do_not_nest() -> None:
 def test_read_bandwidth() -> None:
     for threads in (1, 2):
         runtime.set_threads(threads)
-        assert 1e8 < runtime.read_bandwidth(64 << 20, 0.1) < 1e14
-    with pytest.raises(RuntimeError, match=r"cannot allocate [0-9]+ bytes to measure"):
-        runtime.read_bandwidth(1 << 60, 0.1)
+        assert 1e8 < runtime.read_bandwidth(0.1) < 1e14
+
+
+def test_last_level_cache_is_what_the_system_lists() -> None:
+    shared: dict[tuple[int, str], int] = {}
+    for folder in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*"):
+        level, cpus, size = (
+            (folder / name).read_text().strip() for name in ("level", "shared_cpu_list", "size")
+        )
+        shared[int(level), cpus] = int(size.removesuffix("K")) << 10
+    last = max((level for level, _ in shared), default=0)
+    expected = sum(size for (level, _), size in shared.items() if level == last)
+    assert runtime.last_level_cache() == expected
 
 
 @pytest.mark.parametrize("fmt", Format, ids=lambda f: f.name)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from latentcore import __version__
-from latentcore.cli import chat, generate, preflight, quantize, serve
+from latentcore.cli import bench, chat, generate, preflight, quantize, serve
 from latentcore.errors import UserError
 
 EXIT_BUG = 1
@@ -51,6 +51,7 @@ app.command()(chat.chat)
 app.command()(serve.serve)
 app.command()(preflight.preflight)
 app.command()(quantize.quantize)
+app.command()(bench.bench)
 
 
 def main(arguments: list[str] | None = None) -> int:

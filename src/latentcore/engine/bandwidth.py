@@ -8,15 +8,14 @@ from pathlib import Path
 
 from latentcore.envs import cache_dir
 
-_BYTES = 512 << 20
 _SECONDS = 0.5
-_FORMAT = 1
+_FORMAT = 2
 
 
 def machine_read_bandwidth() -> float:
     """Bytes a second that the team of threads, as it is set now, reads from memory.
 
-    Measured within 512 MiB in about half a second, then kept in the cache folder for this kind of
+    Measured in about half a second, then kept in the cache folder for this kind of
     processor, set of cores and number of threads. A cache folder that cannot be written is no
     error; the next call measures again.
     """
@@ -28,7 +27,7 @@ def machine_read_bandwidth() -> float:
     found = known.get(key)
     if isinstance(found, int | float) and found > 0:
         return float(found)
-    measured = runtime.read_bandwidth(_BYTES, _SECONDS)
+    measured = runtime.read_bandwidth(_SECONDS)
     _write(path, {**known, key: measured})
     return measured
 

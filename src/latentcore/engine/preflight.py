@@ -156,7 +156,7 @@ def preflight(folder: Path, engine: EngineConfig) -> Report:
 def measure_machine(engine: EngineConfig) -> MachineFigures:
     """The tier, the threads to be used, and their read bandwidth.
 
-    The bandwidth is measured within 512 MiB of memory the first time, then remembered.
+    The bandwidth is measured the first time, then remembered.
     """
     tier = runtime.isa_tier()
     before = runtime.num_threads()

@@ -4,7 +4,8 @@ Vectors are contiguous float32 tensors; matrices are PackedWeights; the embeddin
 bfloat16 tensor, since it is looked up row by row. `h` is the hidden size.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
 
 import torch
 
@@ -89,3 +90,17 @@ class ModelWeights:
     """float32 [h]"""
     lm_head: PackedWeight
     """BF16 [vocabulary, h]; packed from `embed` where the two are tied"""
+
+    def matrices(self) -> Iterator[PackedWeight]:
+        """Every packed matrix, in the model's order."""
+        for layer in self.layers:
+            yield from _matrices(layer)
+        yield self.lm_head
+
+
+def _matrices(value: object) -> Iterator[PackedWeight]:
+    if isinstance(value, PackedWeight):
+        yield value
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _matrices(getattr(value, field.name))

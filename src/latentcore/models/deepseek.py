@@ -1,5 +1,6 @@
 """The DeepSeek decoder (V2, V3, R1, V3.1 and what shares their architecture), op by op."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,15 @@ class DeepseekDecoder:
 
     def forward(self, step: Step) -> torch.Tensor:
         """The normed last hidden states of the loaded step, bf16 [rows, h] (a view of a buffer)."""
+        for _ in self.run_layers(step):
+            pass
+        return self.buffers.normed[: step.rows]
+
+    def run_layers(self, step: Step) -> Iterator[DecoderLayer]:
+        """Computes the loaded step, and gives each layer when it is done.
+
+        The buffers then hold what that layer left: its choice of experts, say.
+        """
         b, n, eps = self.buffers, step.rows, self.config.rms_norm_eps
         residual, normed, delta = b.residual[:n], b.normed[:n], b.delta[:n]
         dense.embedding(self.weights.embed, b.token_ids[:n], residual)
@@ -73,7 +83,7 @@ class DeepseekDecoder:
             dense.add_rms_norm(residual, delta, layer.post_attention_norm, eps, normed)
             layer.ffn.forward(step, b)
             dense.add_rms_norm(residual, delta, next_norm, eps, normed)
-        return normed
+            yield layer
 
     def logits(self, hidden: torch.Tensor, out: StepLogits) -> None:
         """Logits of `hidden`, bf16 [rows, h], and each row's likeliest token, into `out`."""

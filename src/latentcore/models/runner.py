@@ -9,10 +9,12 @@ import torch
 
 from latentcore.config import EngineConfig, ModelConfig
 from latentcore.errors import InsufficientMemoryError
+from latentcore.layers.ffn import Moe
 from latentcore.layers.step import Buffers, Limits, Step, latent_row
 from latentcore.layers.weights import ModelWeights
 from latentcore.models.checkpoint import Checkpoint
 from latentcore.models.chunk import Path, SequenceChunk
+from latentcore.models.cost import StepCost, step_cost
 from latentcore.models.deepseek import DeepseekDecoder
 from latentcore.models.dryrun import dry_run
 from latentcore.models.loader import load_weights
@@ -20,6 +22,7 @@ from latentcore.models.logits import StepLogits
 from latentcore.models.memory import available_memory, format_bytes, require_memory
 from latentcore.models.resolve import ModelPlan, resolve
 from latentcore.ops import dense, mla, runtime
+from latentcore.quant.packed import Format
 
 logger = logging.getLogger(__name__)
 
@@ -172,6 +175,14 @@ class ModelRunner:
         """Most tokens of one step."""
         return self.limits.max_tokens
 
+    @property
+    def format_bytes(self) -> dict[Format, int]:
+        """Bytes of packed weights by format."""
+        found: dict[Format, int] = {}
+        for matrix in self._decoder.weights.matrices():
+            found[matrix.format] = found.get(matrix.format, 0) + matrix.nbytes
+        return found
+
     def choose_path(self, uncached_tokens: int, context: int) -> Path:
         """The cheaper attention for a prompt; see `choose_path` of this module."""
         return choose_path(self.config, uncached_tokens, context)
@@ -195,6 +206,17 @@ class ModelRunner:
         dense.embedding(hidden, self._decoder.buffers.logit_rows[:count], gathered)
         self._decoder.logits(gathered, logits)
         return logits
+
+    def cost(self, chunks: Sequence[SequenceChunk]) -> StepCost:
+        """The least work of these chunks; computes them once, op by op, to count their experts."""
+        step, _ = self._load(chunks)
+        chosen = self._decoder.buffers.expert_ids[: step.rows]
+        experts = [
+            len(set(chosen.flatten().tolist()))
+            for layer in self._decoder.run_layers(step)
+            if isinstance(layer.ffn, Moe)
+        ]
+        return step_cost(self.config, self._decoder.weights, chunks, experts)
 
     def close(self) -> None:
         """Gives memory and threads back. Safe to call twice."""

@@ -22,6 +22,7 @@ _graph_free = op("graph_free")
 _profile_begin = op("profile_begin")
 _profile_end = op("profile_end")
 _peak_ops = op("peak_ops")
+_last_level_cache = op("last_level_cache")
 _read_bandwidth = op("read_bandwidth")
 
 
@@ -73,9 +74,17 @@ def release_scratch() -> None:
     _release_scratch()
 
 
-def read_bandwidth(nbytes: int, seconds: float) -> float:
-    """Bytes a second that the team reads, measured in `nbytes` of memory for about `seconds`."""
-    return float(_read_bandwidth(nbytes, seconds))
+def last_level_cache() -> int:
+    """Bytes of all last-level caches of this machine; 0 where the system does not say."""
+    return int(_last_level_cache())
+
+
+def read_bandwidth(seconds: float) -> float:
+    """Bytes a second that the team reads, measured for about `seconds`.
+
+    The memory that is read is twice the last-level caches, 512 MiB at least.
+    """
+    return float(_read_bandwidth(seconds))
 
 
 def peak_ops(fmt: Format, seconds: float) -> float:

@@ -1,0 +1,1 @@
+"""Measures models and kernels against what the machine allows."""
