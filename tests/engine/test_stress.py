@@ -69,18 +69,16 @@ async def receive(engine: AsyncEngine, visit: Visit, done: list[Answered]) -> No
     prompt, params = visit.prompt, visit.params
     for _ in range(2 if visit.stays else 1):
         stream = engine.generate({"prompt_token_ids": prompt}, params)
-        seen = 0
-        output = None
+        outputs: list[RequestOutput] = []
         async for output in stream:
-            seen += 1
-            if seen == visit.patience:
+            outputs.append(output)
+            if len(outputs) == visit.patience:
                 break
         await stream.aclose()  # type: ignore[attr-defined]
-        assert output is not None
-        if not output.finished:
+        if not outputs[-1].finished:
             return
-        done.append((prompt, params, output))
-        answer = list(output.outputs[0].token_ids)
+        done.append((prompt, params, outputs[-1]))
+        answer = list(outputs[-1].outputs[0].token_ids)
         prompt = [*prompt, *answer, 10, 11, 12]
         if len(prompt) + (params.max_tokens or 0) > LONGEST:
             return
