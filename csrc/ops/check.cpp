@@ -114,8 +114,7 @@ void Call::apart() const {
 }
 
 void Call::refuse_capture(const char* name) const {
-  if (run_ && Graph::recording() != nullptr)
-    fail(name, "eager execution: this op cannot be captured", "a capture");
+  if (Graph::recording() != nullptr) fail(name, "eager execution: this op cannot be captured", "a capture");
 }
 
 void Call::bad_content(const char* name, int64_t row, int64_t low, int64_t high, int64_t found) const {

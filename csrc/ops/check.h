@@ -88,7 +88,7 @@ class Call {
   // Whether contents can be checked now: in a capture they are not there yet, and are checked as
   // load_step copies them in.
   bool eager() const { return run_ && Graph::recording() == nullptr; }
-  // For ops that run at once: refuses a capture.
+  // For ops that run at once: refuses a capture, on tensors without data too.
   void refuse_capture(const char* name) const;
   template <class Args>
   void launch(const Kernel& kernel, const Args& args) const {

@@ -79,8 +79,8 @@ void init_packed(Tensor dst, Desc desc) {
   checked("init_packed", Run, [&](const Call& c) {
     const Layout l = c.layout("dst_desc", desc);
     auto* p = c.output<uint8_t>("dst", dst, DType::Byte, {l.bytes()});
-    if (!c.runs()) return;
     c.refuse_capture("dst");
+    if (!c.runs()) return;
     Header h{};
     std::memcpy(h.magic, kPackMagic, 8);
     h.version = kPackVersion;

@@ -16,6 +16,7 @@ static inline void close_memory(const void* p, size_t bytes) { __asan_poison_mem
 static inline void open_memory(const void* p, size_t bytes) { __asan_unpoison_memory_region(p, bytes); }
 // For a kernel that uses the first `need` of `bytes`.
 static inline void renew_scratch(uint8_t* p, size_t need, size_t bytes) {
+  if (p == nullptr) return;
   open_memory(p, bytes);
   std::memset(p, 0xff, need);
   close_memory(p + need, bytes - need);

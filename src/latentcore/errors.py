@@ -61,6 +61,10 @@ class CheckpointError(_ProblemListError):
     """
 
 
+class NotReadyError(_ProblemListError):
+    """Several things keep a model from being run here. `.problems` has all of them."""
+
+
 class QuantizationError(UserError):
     """The weights cannot be run in the format that was asked for."""
 

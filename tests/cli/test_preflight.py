@@ -65,6 +65,22 @@ def test_not_ready_lists_every_problem(folder: Path, capsys: pytest.CaptureFixtu
     assert report["machine"] is None
 
 
+def test_the_machine_is_reported_where_it_is_too_small(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Speed, tier and threads help to choose a larger one."""
+    arguments = ["preflight", str(folder), "--max-model-len", "512", "--max-num-seqs", "4"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("latentcore.models.memory.available_memory", lambda: 1000)
+        assert main([*arguments, "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    (problem,) = report["problems"]
+    assert problem.startswith("not enough memory for the model's weights: needed ")
+    assert report["machine"]["tier"] == report["tier"]
+    assert report["machine"]["threads"] >= 1
+    assert set(report["tokens_per_second"]) == {"1", "8", "32"}
+
+
 def test_problems_are_printed_as_they_stand(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import (
     CONFIGS,
     FP8_SECTION,
@@ -21,10 +22,14 @@ from checkpoints import (
 
 from latentcore.config import EngineConfig
 from latentcore.engine import preflight as module
+from latentcore.engine.loading import load_model
 from latentcore.engine.preflight import Report, preflight
-from latentcore.errors import UnsupportedModelError
+from latentcore.errors import CheckpointError, ConfigError, NotReadyError, UnsupportedModelError
 from latentcore.models import memory
 from latentcore.models.checkpoint import Checkpoint
+from latentcore.models.deepseek import DeepseekDecoder
+from latentcore.models.logits import StepLogits
+from latentcore.ops import dense, sampling
 
 TINY = tiny_config()
 ENGINE = EngineConfig(max_model_len=128, max_num_seqs=4)
@@ -51,6 +56,21 @@ def _wordlevel(folder: Path, tokens: int) -> None:
 # Ready
 
 
+STEPS = [
+    "capture of the decode graphs",
+    "prefill of one token",
+    "prefill in one chunk",
+    "prefill in several chunks",
+    "prefill after a prefix hit",
+    "prefill after a prefix hit, absorbed",
+    "logits of every prompt token",
+    "prefill of several sequences",
+    "mixed batch",
+    "decode at the end of the longest sequence",
+    "decode of 1 to 64 sequences",
+]
+
+
 @pytest.mark.parametrize(
     ("name", "fmt"),
     [("v3", "bf16"), ("v3", "int8"), ("kimi-k2", "fp8"), ("v2", "bf16"), ("v2-lite", "bf16")],
@@ -68,8 +88,7 @@ def test_full_size_models_are_ready(tmp_path: Path, name: str, fmt: str) -> None
     assert report.memory.cache_per_1000 == 1000 * 576 * 2 * CONFIGS[name]["num_hidden_layers"]
     assert report.memory.max_model_len == CONFIGS[name]["max_position_embeddings"]
     assert list(report.weight_bytes_per_token) == [1, 8, 32]
-    assert "mixed batch" in report.steps
-    assert report.steps[-1] == "decode of 1 to 64 sequences"
+    assert report.steps == STEPS
 
 
 MEASURE = """
@@ -226,6 +245,41 @@ def test_op_that_refuses_what_the_model_hands_it(
     assert "latentcore::rms_norm: argument 'x'" in problem
 
 
+CORNERS = [
+    EngineConfig(max_model_len=1, max_num_seqs=1),
+    EngineConfig(max_model_len=2, max_num_seqs=2, max_num_batched_tokens=2),
+    EngineConfig(max_model_len=65, max_num_seqs=3, max_num_batched_tokens=3),
+    EngineConfig(max_model_len=512, max_num_seqs=300, max_num_batched_tokens=300),
+    EngineConfig(max_model_len=64, max_num_seqs=5, use_graph=False),
+]
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "int8", "fp8"])
+@pytest.mark.parametrize("engine", CORNERS, ids=lambda e: f"{e.max_model_len}x{e.max_num_seqs}")
+def test_small_limits_are_walked_too(tmp_path: Path, fmt: str, engine: EngineConfig) -> None:
+    report = preflight(_sparse(tmp_path, TINY, fmt), engine)
+    assert report.problems == []
+    assert report.steps[-1] == f"decode of 1 to {engine.max_num_seqs} sequences"
+    assert set(report.steps) <= {*STEPS, report.steps[-1]}
+
+
+def test_a_call_that_only_a_capture_makes_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The op is right about its arguments, and cannot be recorded."""
+
+    def eager_only(decoder: DeepseekDecoder, hidden: torch.Tensor, out: StepLogits) -> None:
+        dense.logits(hidden, decoder.weights.lm_head, out.values)
+        ids = out.best.view(-1, 1)
+        sampling.logprobs(out.values, ids, out.values[:, :1].clone(), ids, ids, out.values[:, :1])
+
+    _sparse(tmp_path, TINY, "bf16")
+    monkeypatch.setattr(DeepseekDecoder, "logits", eager_only)
+    (problem,) = preflight(tmp_path, ENGINE).problems
+    assert problem.startswith("the model's code and an op disagree: capture of the decode graphs:")
+    assert "latentcore::logprobs: argument 'logits': expected eager execution" in problem
+
+
 def test_model_code_is_checked_on_a_machine_that_is_too_small(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,6 +288,33 @@ def test_model_code_is_checked_on_a_machine_that_is_too_small(
     report = preflight(tmp_path, ENGINE)
     assert len(report.problems) == 1
     assert report.steps
+
+
+def test_loading_runs_the_same_checks(tmp_path: Path) -> None:
+    """Everything is raised before a weight is read (the fixture fails where one is)."""
+    _sparse(tmp_path, TINY, "bf16")
+    _wordlevel(tmp_path, 301)
+    with pytest.raises(ConfigError, match="expected at least the tokenizer's 301 tokens"):
+        load_model(tmp_path, ENGINE)
+    shard = next(tmp_path.glob("*.safetensors"))
+    os.truncate(shard, shard.stat().st_size - 1)
+    with pytest.raises(NotReadyError) as caught:
+        load_model(tmp_path, ENGINE)
+    assert caught.value.problems == preflight(tmp_path, ENGINE).problems
+    assert len(caught.value.problems) == 2
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="the file is cut off"):
+        load_model(tmp_path, ENGINE)
+
+
+def test_generation_defaults_and_templates_are_checked(tmp_path: Path) -> None:
+    _sparse(tmp_path, TINY, "bf16")
+    (tmp_path / "generation_config.json").write_text('{"temperature": -1}')
+    _wordlevel(tmp_path, 300)
+    (tmp_path / "chat_template.jinja").write_text("{% if %}")
+    temperature, template = preflight(tmp_path, ENGINE).problems
+    assert temperature.startswith("temperature: ")
+    assert template.startswith("chat template 'default' does not compile")
 
 
 def test_nothing_to_check(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def preflight(
     if max_num_seqs is not None:
         engine = replace(engine, max_num_seqs=max_num_seqs)
     report = run(folder, engine)
-    if report.ready:
+    if report.tier is not None and report.weight_bytes_per_token:
         report.machine = measure_machine(engine)
     if json_output:
         print(json.dumps(as_json(report), indent=2))

@@ -77,8 +77,12 @@ def load_model(
     engine_config: EngineConfig,
     progress: Progress | None = None,
 ) -> LoadedModel:
-    """Loads a model. Raises UserError for whatever is wrong with it or with the options."""
+    """Loads a model, once every check of `preflight` has passed.
+
+    Raises UserError for whatever is wrong with it or with the options.
+    """
     from latentcore.engine.native_sampler import NativeSampler
+    from latentcore.engine.preflight import ready_to_load
     from latentcore.models.runner import ModelRunner
 
     if engine_config.max_num_batched_tokens < engine_config.max_num_seqs:
@@ -87,26 +91,21 @@ def load_model(
             f"({engine_config.max_num_seqs}), found {engine_config.max_num_batched_tokens}"
         )
     path = resolve_model(None if model is None else os.fspath(model))
-    config = ModelConfig.from_dir(path)
-    defaults = GenerationDefaults.from_dir(path, config.vocab_size)
-    runner = ModelRunner.load(path, engine_config, progress)
-    try:
-        tokenizer = Tokenizer.load(path)
-        chat_template = ChatTemplate.of(tokenizer) if tokenizer is not None else None
-    except BaseException:
-        runner.close()
-        raise
+    with ready_to_load(path, engine_config) as ready:
+        runner = ModelRunner.from_plan(
+            ready.plan, ready.checkpoint, engine_config, ready.limits, progress
+        )
     return LoadedModel(
         name=model_name(model, path),
         path=path,
-        config=config,
+        config=ready.config,
         engine_config=engine_config,
         runner=runner,
-        sampler=NativeSampler(config.vocab_size),
-        tokenizer=tokenizer,
-        chat_template=chat_template,
-        defaults=defaults,
-        end_ids=end_token_ids(config, defaults, tokenizer),
+        sampler=NativeSampler(ready.config.vocab_size),
+        tokenizer=ready.tokenizer,
+        chat_template=ready.chat_template,
+        defaults=ready.defaults,
+        end_ids=end_token_ids(ready.config, ready.defaults, ready.tokenizer),
     )
 
 

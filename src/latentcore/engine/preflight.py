@@ -2,23 +2,28 @@
 
 `preflight` opens config, tokenizer and safetensors headers, never the weights, and runs CHECKS one
 after the other. Each check notes what is wrong and leaves figures for the report; none stops at its
-first finding, and a check whose ground is missing (no plan, say) passes over.
+first finding, and a check whose ground is missing (no plan, say) passes over. `ready_to_load` runs
+the same checks for whoever goes on to read the weights.
 """
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from latentcore.config import EngineConfig, ModelConfig
+from latentcore.config import EngineConfig, GenerationDefaults, ModelConfig
 from latentcore.engine.bandwidth import machine_read_bandwidth
+from latentcore.engine.chat import ChatTemplate
 from latentcore.engine.tokenizer import Tokenizer
 from latentcore.errors import (
     CheckpointError,
     ConfigError,
     InsufficientMemoryError,
+    LatentcoreError,
+    NotReadyError,
     QuantizationError,
     UnsupportedCpuError,
     UnsupportedModelError,
@@ -28,7 +33,6 @@ from latentcore.layers.step import Buffers, Limits
 from latentcore.models import memory
 from latentcore.models.checkpoint import Checkpoint
 from latentcore.models.dryrun import ContractError, dry_run
-from latentcore.models.memory import format_bytes
 from latentcore.models.resolve import ModelPlan, resolve
 from latentcore.models.runner import cache_bytes_per_token, plan_limits
 from latentcore.ops import runtime
@@ -81,7 +85,8 @@ class Report:
 
     `schemes` lists runs of equal layers: "0-2" to each weight's scheme, or `stored -> run`.
     `weight_bytes_per_token` is by batch size, for a decode step's weights divided by the batch.
-    `steps` names the kinds of step that the model's code was driven through.
+    `steps` names the kinds of step that the model's code was driven through. `tier` is None where
+    this processor cannot run the native code.
     """
 
     folder: Path
@@ -97,6 +102,7 @@ class Report:
     memory: MemoryFigures | None = None
     weight_bytes_per_token: dict[int, float] = field(default_factory=dict)
     steps: list[str] = field(default_factory=list)
+    tier: str | None = None
     machine: MachineFigures | None = None
     seconds: float = 0.0
 
@@ -116,23 +122,41 @@ class Report:
 
 @dataclass
 class Inspection:
-    """What the checks pass on to each other. `report` is what comes out."""
+    """What the checks pass on to each other. `report` is what comes out; `errors` are the problems
+    as whoever wants to load the model raises them."""
 
     folder: Path
     engine: EngineConfig
     report: Report
     config: ModelConfig | None = None
+    defaults: GenerationDefaults | None = None
     checkpoint: Checkpoint | None = None
     plan: ModelPlan | None = None
     limits: Limits | None = None
+    tokenizer: Tokenizer | None = None
+    chat_template: ChatTemplate | None = None
+    errors: list[LatentcoreError] = field(default_factory=list)
 
-    def problem(self, text: str) -> None:
-        """Notes why the model is not ready."""
-        self.report.problems.append(text)
+    def problem(self, error: LatentcoreError) -> None:
+        """Notes why the model is not ready: everything that the error lists."""
+        self.errors.append(error)
+        if isinstance(error, ConfigError | CheckpointError):
+            self.report.problems += error.problems
+        else:
+            self.report.problems.append(str(error))
 
-    def problems(self, error: ConfigError | CheckpointError) -> None:
-        """Notes everything that an error lists."""
-        self.report.problems += error.problems
+
+@dataclass(frozen=True)
+class Ready:
+    """What the checks leave of a model that can be loaded. `checkpoint` is open."""
+
+    config: ModelConfig
+    defaults: GenerationDefaults
+    checkpoint: Checkpoint
+    plan: ModelPlan
+    limits: Limits
+    tokenizer: Tokenizer | None
+    chat_template: ChatTemplate | None
 
 
 def preflight(folder: Path, engine: EngineConfig) -> Report:
@@ -141,16 +165,46 @@ def preflight(folder: Path, engine: EngineConfig) -> Report:
     Raises UnsupportedModelError where there is nothing to check: no folder, no config, or another
     architecture. Everything else is in the report.
     """
+    with _inspected(folder, engine) as inspection:
+        return inspection.report
+
+
+@contextmanager
+def ready_to_load(folder: Path, engine: EngineConfig) -> Iterator[Ready]:
+    """Runs the checks of `preflight`; the checkpoint is closed at the end of the block.
+
+    Raises what the one check that failed found (a UserError, or ContractError where latentcore
+    itself is at fault), or NotReadyError with every problem where several failed.
+    """
+    with _inspected(folder, engine) as found:
+        if len(found.errors) == 1:
+            raise found.errors[0]
+        if found.errors:
+            raise NotReadyError(found.report.problems, where=str(folder))
+        assert found.config and found.defaults and found.checkpoint and found.plan and found.limits
+        yield Ready(
+            found.config,
+            found.defaults,
+            found.checkpoint,
+            found.plan,
+            found.limits,
+            found.tokenizer,
+            found.chat_template,
+        )
+
+
+@contextmanager
+def _inspected(folder: Path, engine: EngineConfig) -> Iterator[Inspection]:
     start = time.perf_counter()
     inspection = Inspection(folder, engine, Report(folder))
     try:
         for check in CHECKS:
             check(inspection)
+        inspection.report.seconds = time.perf_counter() - start
+        yield inspection
     finally:
         if inspection.checkpoint is not None:
             inspection.checkpoint.close()
-    inspection.report.seconds = time.perf_counter() - start
-    return inspection.report
 
 
 def measure_machine(engine: EngineConfig) -> MachineFigures:
@@ -174,9 +228,9 @@ def measure_machine(engine: EngineConfig) -> MachineFigures:
 def check_cpu(inspection: Inspection) -> None:
     """This processor, and LATENTCORE_FORCE_ISA."""
     try:
-        runtime.isa_tier()
+        inspection.report.tier = runtime.isa_tier()
     except UnsupportedCpuError as error:
-        inspection.problem(str(error))
+        inspection.problem(error)
 
 
 def check_config(inspection: Inspection) -> None:
@@ -187,8 +241,12 @@ def check_config(inspection: Inspection) -> None:
     except UnsupportedModelError:
         raise
     except ConfigError as error:
-        inspection.problems(error)
+        inspection.problem(error)
         return
+    try:
+        inspection.defaults = GenerationDefaults.from_dir(inspection.folder, config.vocab_size)
+    except ConfigError as error:
+        inspection.problem(error)
     inspection.config = config
     report.model_type = config.model_type
     report.summary = _summary(config)
@@ -199,7 +257,7 @@ def check_headers(inspection: Inspection) -> None:
     try:
         inspection.checkpoint = Checkpoint.open(inspection.folder)
     except CheckpointError as error:
-        inspection.problems(error)
+        inspection.problem(error)
         return
     inspection.report.tensors = len(inspection.checkpoint.tensors)
     inspection.report.shards = len(inspection.checkpoint.shards)
@@ -212,11 +270,8 @@ def check_tensors(inspection: Inspection) -> None:
         return
     try:
         plan = resolve(config, checkpoint, inspection.engine.quantization)
-    except CheckpointError as error:
-        inspection.problems(error)
-        return
-    except QuantizationError as error:
-        inspection.problem(str(error))
+    except (CheckpointError, QuantizationError) as error:
+        inspection.problem(error)
         return
     inspection.plan = plan
     report.warnings += plan.warnings
@@ -227,12 +282,15 @@ def check_tensors(inspection: Inspection) -> None:
 
 
 def check_tokenizer(inspection: Inspection) -> None:
-    """The tokenizer can be read and its vocabulary is the model's. None at all is a warning."""
+    """The tokenizer and its chat template can be read, and its vocabulary is the model's. No
+    tokenizer at all is a warning."""
     try:
         tokenizer = Tokenizer.load(inspection.folder)
+        inspection.chat_template = ChatTemplate.of(tokenizer) if tokenizer is not None else None
     except UserError as error:
-        inspection.problem(str(error))
+        inspection.problem(error)
         return
+    inspection.tokenizer = tokenizer
     if tokenizer is None:
         inspection.report.warnings.append("no tokenizer: the model takes and gives token ids alone")
         return
@@ -240,9 +298,8 @@ def check_tokenizer(inspection: Inspection) -> None:
         return
     known, vocab = tokenizer.vocab_size, inspection.config.vocab_size
     if known > vocab:
-        inspection.problem(
-            f"vocab_size: expected at least the tokenizer's {known} tokens, found {vocab}"
-        )
+        text = f"vocab_size: expected at least the tokenizer's {known} tokens, found {vocab}"
+        inspection.problem(ConfigError(text))
     elif known < _VOCAB_SLACK * vocab:
         inspection.report.warnings.append(
             f"the tokenizer knows {known} tokens of the model's {vocab}; is it this model's own?"
@@ -258,16 +315,11 @@ def check_memory(inspection: Inspection) -> None:
     weights, peak = plan.packed_nbytes(), plan.peak_nbytes()
     per_token = cache_bytes_per_token(config)
     limits: Limits | None = None
-    if peak > available:
-        inspection.problem(
-            f"not enough memory for the model's weights: needed {format_bytes(peak)}, "
-            f"available {format_bytes(available)}"
-        )
-    else:
-        try:
-            limits = plan_limits(config, engine, available - weights)
-        except InsufficientMemoryError as error:
-            inspection.problem(str(error))
+    try:
+        memory.require_memory(peak, "the model's weights")
+        limits = plan_limits(config, engine, available - weights)
+    except InsufficientMemoryError as error:
+        inspection.problem(error)
     inspection.limits = limits
     cache_tokens = limits.num_blocks * limits.block_size if limits else None
     inspection.report.memory = MemoryFigures(
@@ -293,7 +345,7 @@ def check_model_code(inspection: Inspection) -> None:
     try:
         inspection.report.steps = dry_run(plan, engine, limits)
     except ContractError as error:
-        inspection.problem(f"the model's code and an op disagree: {error}")
+        inspection.problem(error)
 
 
 Check = Callable[[Inspection], None]

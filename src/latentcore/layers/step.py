@@ -32,27 +32,36 @@ def latent_row(config: ModelConfig) -> int:
     return -(-config.latent_dim // 32) * 32
 
 
-class Buffers:
+class Inputs:
+    """What a step is told, in buffers at fixed addresses: which tokens, where they stand, which
+    rows' logits are wanted."""
+
+    def __init__(self, limits: Limits, device: torch.device) -> None:
+        def int32(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        n = limits.max_tokens
+        self.token_ids = int32(n)
+        self.positions = int32(n)
+        self.row_seq = int32(n)
+        self.block_tables = int32(limits.max_seqs, limits.table_width)
+        self.logit_rows = int32(n)
+
+
+class Buffers(Inputs):
     """Every tensor that a step writes, allocated once, so that captured graphs stay valid.
 
     Made on the meta device, they serve the checks of `preflight`.
     """
 
     def __init__(self, config: ModelConfig, limits: Limits, device: torch.device) -> None:
-        n, s = limits.max_tokens, limits.max_seqs
+        super().__init__(limits, device)
+        n = limits.max_tokens
         heads = config.num_attention_heads
 
         def bf16(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=torch.bfloat16, device=device)
 
-        def int32(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int32, device=device)
-
-        self.token_ids = int32(n)
-        self.positions = int32(n)
-        self.row_seq = int32(n)
-        self.block_tables = int32(s, limits.table_width)
-        self.logit_rows = int32(n)
         self.residual = bf16(n, config.hidden_size)
         self.normed = bf16(n, config.hidden_size)
         self.delta = bf16(n, config.hidden_size)
@@ -60,7 +69,7 @@ class Buffers:
         self.q_latent = bf16(n, heads, latent_row(config))
         self.attended = bf16(n, heads * config.v_head_dim)
         top_k = max(1, config.num_experts_per_tok)
-        self.expert_ids = int32(n, top_k)
+        self.expert_ids = torch.zeros((n, top_k), dtype=torch.int32, device=device)
         self.expert_weights = torch.zeros((n, top_k), dtype=torch.float32, device=device)
 
     @property
@@ -75,7 +84,7 @@ class Step:
 
     rows       tokens
     absorbed   how many of them attend in latent space
-    segments   int32 [count, 4], host memory: first row, rows, sequence and first position of every
+    segments   int32 [count, 4]: first row, rows, sequence and first position of every
                chunk that attends un-absorbed; such steps run eagerly
     """
 

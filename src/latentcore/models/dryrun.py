@@ -1,17 +1,19 @@
 """Runs the real model code on tensors without memory, so that every call meets every op's checks.
 
 The weights are PackedWeight.fake, buffers and cache lie on the meta device: an op then runs the
-same C++ checks as with data, and nothing else. A disagreement between a kernel, its weights and its
-call site shows here, in about a second, before any weight is read.
+same C++ checks as with data, and nothing else. The runner itself, capture and replay included, is
+the one that serves. A disagreement between a kernel, its weights and its call site shows here, in
+about a second, before any weight is read.
 """
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 
 from latentcore.config import EngineConfig, ModelConfig
 from latentcore.errors import LatentcoreError
-from latentcore.layers.step import Limits, Step
+from latentcore.layers.step import Limits
 from latentcore.layers.weights import (
     AttentionWeights,
     LayerWeights,
@@ -19,8 +21,7 @@ from latentcore.layers.weights import (
     ModelWeights,
     MoeWeights,
 )
-from latentcore.models.deepseek import DeepseekDecoder
-from latentcore.models.logits import StepLogits
+from latentcore.models.chunk import Path, SequenceChunk
 from latentcore.models.resolve import (
     LayerPlan,
     MatrixPlan,
@@ -29,7 +30,7 @@ from latentcore.models.resolve import (
     MoePlan,
     PlainPlan,
 )
-from latentcore.ops import dense, mla, runtime
+from latentcore.models.runner import ModelRunner
 from latentcore.quant.packed import Format, PackedWeight
 
 _META = torch.device("meta")
@@ -99,82 +100,64 @@ def fake_weights(plan: ModelPlan) -> ModelWeights:
     )
 
 
-def _steps(limits: Limits) -> Iterator[tuple[str, int, int, int]]:
-    """What is run: name, rows, absorbed rows, un-absorbed chunks."""
-    most, block = limits.max_tokens, limits.block_size
-    yield "prefill of one token", 1, 0, 1
-    yield "prefill in one chunk", min(most, block + 1), 0, 1
-    yield "prefill, the largest chunk", most, 0, 1
-    yield "prefill of several sequences", min(most, 3 * block + 1), 0, min(3, limits.max_seqs)
-    yield "short prompt after a prefix hit", min(most, 17), min(most, 17), 0
-    if limits.max_seqs > 1 and most > block + 1:
-        yield "mixed batch", block + 1, 1, 1
-
-
 def dry_run(plan: ModelPlan, engine: EngineConfig, limits: Limits) -> list[str]:
-    """Drives prefill, decode at every batch size, mixed batches and capture through all checks.
+    """Drives the real runner through every kind of step: each call meets its op's checks.
 
     Returns the names of the steps that were run. Raises ContractError with the op's own message.
     """
-    config = plan.config
-    decoder = DeepseekDecoder(config, fake_weights(plan), limits, _META)
     done: list[str] = []
+    name = "capture of the decode graphs" if engine.use_graph else "the start"
     try:
-        for name, rows, absorbed, chunks in _steps(limits):
-            _load(decoder, rows, max(1, chunks))
-            _eager(decoder, rows, absorbed, chunks)
+        runner = ModelRunner(plan.config, engine, fake_weights(plan), plan, limits)
+        if engine.use_graph:
             done.append(name)
-        for batch in range(1, engine.max_num_seqs + 1):
-            _load(decoder, batch, batch)
-            if engine.use_graph:
-                with runtime.Graph.capture() as graph:
-                    _decode(decoder, batch)
-                graph.free()
-            else:
-                _decode(decoder, batch)
-        done.append(f"decode of 1 to {engine.max_num_seqs} sequences")
-    except (RuntimeError, TypeError) as error:
-        message = str(error).splitlines()[0]
-        where = done[-1] if done else "the start"
-        raise ContractError(f"after {where}: {message}") from error
-    return done
+        for name, wanted, chunks in _steps(plan.config, limits):
+            found = runner.forward(chunks)
+            if len(found) != wanted:
+                raise RuntimeError(f"expected {wanted} rows of logits, found {len(found)}")
+            done.append(name)
+        runner.close()
+    except Exception as error:
+        message = (str(error) or type(error).__name__).splitlines()[0]
+        raise ContractError(f"the model's code and an op disagree: {name}: {message}") from error
+    return list(dict.fromkeys(done))
 
 
-def _load(decoder: DeepseekDecoder, rows: int, sequences: int) -> None:
-    limits, b = decoder.limits, decoder.buffers
+def _steps(config: ModelConfig, limits: Limits) -> Iterator[tuple[str, int, list[SequenceChunk]]]:
+    """What is run: name, number of rows whose logits are wanted, chunks."""
+    most, longest, block = limits.max_tokens, limits.max_position, limits.block_size
+    token = config.vocab_size - 1
 
-    def int32(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=_META)
+    def chunk(
+        count: int,
+        path: Path = "prefill",
+        start: int = 0,
+        logits: Literal["none", "last", "all"] = "last",
+    ) -> SequenceChunk:
+        blocks = range(-(-(start + count) // block))
+        return SequenceChunk([token] * count, start, blocks, path, logits)
 
-    mla.load_step(
-        int32(rows),
-        int32(rows),
-        int32(rows),
-        int32(sequences, limits.table_width),
-        decoder.config.vocab_size,
-        limits.num_blocks,
-        limits.block_size,
-        limits.max_position,
-        b.token_ids,
-        b.positions,
-        b.row_seq,
-        b.block_tables,
-    )
-
-
-def _eager(decoder: DeepseekDecoder, rows: int, absorbed: int, chunks: int) -> None:
-    segments = torch.empty((chunks, 4), dtype=torch.int32, device=_META)
-    hidden = decoder.forward(Step(rows, absorbed, segments))
-    wanted = max(1, chunks)
-    gathered = torch.empty((wanted, hidden.shape[1]), dtype=torch.bfloat16, device=_META)
-    dense.embedding(hidden, decoder.buffers.logit_rows[:wanted], gathered)
-    _logits(decoder, gathered)
-
-
-def _decode(decoder: DeepseekDecoder, batch: int) -> None:
-    segments = torch.empty((0, 4), dtype=torch.int32, device=_META)
-    _logits(decoder, decoder.forward(Step(batch, batch, segments)))
-
-
-def _logits(decoder: DeepseekDecoder, hidden: torch.Tensor) -> None:
-    decoder.logits(hidden, StepLogits.empty(len(hidden), decoder.config.vocab_size, _META))
+    yield "prefill of one token", 1, [chunk(1)]
+    largest = min(most, longest)
+    yield "prefill in one chunk", 1, [chunk(largest)]
+    first = min(block + 1, most, longest - 1)
+    if first > 0:
+        then = min(most, longest - first)
+        yield "prefill in several chunks", 0, [chunk(first, logits="none")]
+        yield "prefill in several chunks", 1, [chunk(then, start=first)]
+        hit = min(block, longest - 1)
+        rest = min(17, most, longest - hit)
+        yield "prefill after a prefix hit", 1, [chunk(rest, start=hit)]
+        yield "prefill after a prefix hit, absorbed", 1, [chunk(rest, "decode", hit)]
+    yield "logits of every prompt token", largest, [chunk(largest, logits="all")]
+    several = min(3, limits.max_seqs, most)
+    each = max(1, min(block + 1, most // several, longest))
+    yield "prefill of several sequences", several, [chunk(each)] * several
+    if several > 1:
+        mixed = [chunk(1, "decode", longest - 1), chunk(min(each, most - 1))]
+        yield "mixed batch", 2, mixed
+    yield "decode at the end of the longest sequence", 1, [chunk(1, "decode", longest - 1)]
+    at = min(block, longest - 1)
+    for batch in range(1, min(limits.max_seqs, most) + 1):
+        name = f"decode of 1 to {limits.max_seqs} sequences"
+        yield name, batch, [chunk(1, "decode", at)] * batch

@@ -10,13 +10,12 @@ import torch
 from latentcore.config import EngineConfig, ModelConfig
 from latentcore.errors import InsufficientMemoryError
 from latentcore.layers.ffn import Moe
-from latentcore.layers.step import Buffers, Limits, Step, latent_row
+from latentcore.layers.step import Inputs, Limits, Step, latent_row
 from latentcore.layers.weights import ModelWeights
 from latentcore.models.checkpoint import Checkpoint
 from latentcore.models.chunk import Path, SequenceChunk
 from latentcore.models.cost import StepCost, step_cost
 from latentcore.models.deepseek import DeepseekDecoder
-from latentcore.models.dryrun import dry_run
 from latentcore.models.loader import load_weights
 from latentcore.models.logits import StepLogits
 from latentcore.models.memory import available_memory, format_bytes, require_memory
@@ -102,7 +101,9 @@ def plan_limits(config: ModelConfig, engine: EngineConfig, free: int) -> Limits:
 class ModelRunner:
     """A model in memory. One thread at a time may call it.
 
-    The logits that `forward` returns are overwritten by the next call.
+    The logits that `forward` returns are overwritten by the next call. With weights on the meta
+    device, `forward` lays out and checks a step as ever and runs every op's checks, but computes
+    nothing: `dry_run` drives it so.
     """
 
     def __init__(
@@ -118,11 +119,13 @@ class ModelRunner:
         self.weight_bytes = plan.packed_nbytes()
         self.weight_bytes_per_token = plan.weight_bytes_per_token
         self.limits = limits
-        self._decoder = DeepseekDecoder(config, weights, self.limits, torch.device("cpu"))
-        rows = engine_config.max_num_seqs
-        self._logits = StepLogits.empty(rows, config.vocab_size, torch.device("cpu"))
-        self._gathered = torch.empty((rows, config.hidden_size), dtype=torch.bfloat16)
-        self._logit_rows = self._decoder.buffers.logit_rows.numpy()
+        self._device = weights.embed.device
+        self._decoder = DeepseekDecoder(config, weights, self.limits, self._device)
+        self._logits, self._gathered = self._new_room(engine_config.max_num_seqs)
+        # Meta buffers take no values: what would be loaded into them goes elsewhere.
+        real = self._device.type == "cpu"
+        self._loaded = self._decoder.buffers if real else Inputs(limits, torch.device("cpu"))
+        self._logit_rows = self._loaded.logit_rows.numpy()
         self._inputs = _StepInputs(config.vocab_size, limits)
         self._graphs: dict[int, runtime.Graph] = {}
         self._closed = False
@@ -136,11 +139,11 @@ class ModelRunner:
         engine_config: EngineConfig,
         progress: Callable[[int, int], None] | None = None,
     ) -> "ModelRunner":
-        """Checks, then reads the checkpoint in `model_dir`.
+        """Reads the checkpoint in `model_dir`.
 
         `progress(done, total)` is called with bytes read. Raises a UserError (ConfigError,
-        CheckpointError, QuantizationError, InsufficientMemoryError, UnsupportedCpuError), or
-        ContractError where the model's code and an op disagree, before any weight is read.
+        CheckpointError, QuantizationError, InsufficientMemoryError, UnsupportedCpuError) before any
+        weight is read. The engine runs the checks of `preflight` instead and then `from_plan`.
         """
         runtime.isa_tier()
         folder = FilePath(model_dir)
@@ -150,10 +153,25 @@ class ModelRunner:
             require_memory(plan.peak_nbytes(), "the model's weights")
             free = available_memory() - plan.packed_nbytes()
             limits = plan_limits(config, engine_config, max(0, free))
-            dry_run(plan, engine_config, limits)
-            runtime.set_threads(engine_config.threads or runtime.default_threads())
-            weights = load_weights(plan, checkpoint, progress)
-        return cls(config, engine_config, weights, plan, limits)
+            return cls.from_plan(plan, checkpoint, engine_config, limits, progress)
+
+    @classmethod
+    def from_plan(
+        cls,
+        plan: ModelPlan,
+        checkpoint: Checkpoint,
+        engine_config: EngineConfig,
+        limits: Limits,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> "ModelRunner":
+        """Reads the weights of a checkpoint that `plan` was resolved from.
+
+        `progress(done, total)` is called with bytes read. Raises CheckpointError where a weight's
+        data is no good.
+        """
+        runtime.set_threads(engine_config.threads or runtime.default_threads())
+        weights = load_weights(plan, checkpoint, progress)
+        return cls(plan.config, engine_config, weights, plan, limits)
 
     @property
     def num_blocks(self) -> int:
@@ -226,9 +244,10 @@ class ModelRunner:
         for graph in self._graphs.values():
             graph.free()
         self._graphs.clear()
-        del self._decoder, self._logits, self._gathered, self._logit_rows
-        runtime.set_threads(1)
-        runtime.release_scratch()
+        del self._decoder, self._logits, self._gathered, self._loaded, self._logit_rows
+        if self._device.type == "cpu":
+            runtime.set_threads(1)
+            runtime.release_scratch()
 
     def _capture(self) -> None:
         """Records a decode step of one token a sequence for every number of sequences.
@@ -246,9 +265,13 @@ class ModelRunner:
         """Logits and hidden rows for `count` rows: the fixed buffers where they are enough."""
         if count <= len(self._logits):
             return self._logits.first(count), self._gathered[:count]
+        return self._new_room(count)
+
+    def _new_room(self, count: int) -> tuple[StepLogits, torch.Tensor]:
+        hidden = (count, self.config.hidden_size)
         return (
-            StepLogits.empty(count, self.config.vocab_size, torch.device("cpu")),
-            torch.empty((count, self.config.hidden_size), dtype=torch.bfloat16),
+            StepLogits.empty(count, self.config.vocab_size, self._device),
+            torch.empty(hidden, dtype=torch.bfloat16, device=self._device),
         )
 
     def _load(self, chunks: Sequence[SequenceChunk]) -> tuple[Step, list[int]]:
@@ -270,14 +293,16 @@ class ModelRunner:
                 segments.append([row, count, seq, chunk.start])
             inputs.put(seq, row, chunk, width)
             row = end
-        inputs.check_into(self._decoder.buffers, row, len(chunks), width)
+        inputs.check_into(self._loaded, row, len(chunks), width)
         wanted: list[int] = []
         for chunk, end in zip(chunks, ends, strict=True):
             if chunk.logits == "last":
                 wanted.append(end - 1)
             elif chunk.logits == "all":
                 wanted.extend(range(end - len(chunk.token_ids), end))
-        segment_tensor = torch.tensor(segments, dtype=torch.int32) if segments else _NO_SEGMENTS
+        if not segments:
+            return Step(row, absorbed, _NO_SEGMENTS), wanted
+        segment_tensor = torch.tensor(segments, dtype=torch.int32, device=self._device)
         return Step(row, absorbed, segment_tensor), wanted
 
 
@@ -329,7 +354,7 @@ class _StepInputs:
         self._tables_view[start : start + held] = chunk.block_table
         self._tables_view[start + held : start + width] = -1
 
-    def check_into(self, buffers: Buffers, rows: int, seqs: int, width: int) -> None:
+    def check_into(self, buffers: Inputs, rows: int, seqs: int, width: int) -> None:
         """Copies what was laid out into the fixed buffers, every value checked on the way."""
         mla.load_step(
             self._token_ids[:rows],
