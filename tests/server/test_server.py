@@ -209,6 +209,7 @@ def test_required_and_named_tools(client: openai.OpenAI, seed: int, thinking: bo
         "messages": USER,
         "tools": TOOLS,
         "seed": seed,
+        "parallel_tool_calls": False,
         "max_tokens": 120,
         "extra_body": {"chat_template_kwargs": {"thinking": thinking}},
     }
@@ -237,6 +238,45 @@ def test_required_and_named_tools(client: openai.OpenAI, seed: int, thinking: bo
     assert len(ids) == 1
     (whole,) = required.message.tool_calls or []
     assert (name, arguments) == (whole.function.name, whole.function.arguments)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_required_calls_may_be_several(client: openai.OpenAI, stream: bool) -> None:
+    found = client.chat.completions.create(
+        model="tiny",
+        messages=USER,  # type: ignore[arg-type]
+        tools=TOOLS,  # type: ignore[arg-type]
+        tool_choice="required",
+        # Neither the end nor the s of calls_end, so that the model does not stop after one call.
+        logit_bias={"257": -100, "258": -100, "115": -100},
+        max_tokens=300,
+        seed=4,
+        stream=stream,
+    )
+    calls: dict[int, dict[str, Any]] = {}
+    if stream:
+        for chunk in found:  # type: ignore[union-attr]
+            for part in chunk.choices[0].delta.tool_calls or []:  # type: ignore[union-attr]
+                call = calls.setdefault(part.index, {"ids": [], "name": "", "arguments": ""})
+                assert max(calls) == part.index
+                call["ids"] += [part.id] if part.id else []
+                call["name"] += part.function.name or ""
+                call["arguments"] += part.function.arguments or ""
+    else:
+        for index, call in enumerate(found.choices[0].message.tool_calls or []):  # type: ignore[union-attr]
+            function = call.function
+            calls[index] = {
+                "ids": [call.id],
+                "name": function.name,
+                "arguments": function.arguments,
+            }
+    assert len(calls) > 1
+    ids = [call["ids"] for call in calls.values()]
+    assert all(len(one) == 1 for one in ids)
+    assert len({one[0] for one in ids}) == len(ids)
+    for index in range(len(calls) - 1):
+        arguments = json.loads(calls[index]["arguments"])
+        assert set(arguments) == ({"a"} if calls[index]["name"] == "add" else {"place", "days"})
 
 
 def test_tool_results_are_read(client: openai.OpenAI) -> None:
@@ -455,6 +495,9 @@ def deep_schema(levels: int) -> dict[str, Any]:
         {"$ref": "#/nowhere"},
         {"$ref": "#"},
         {"type": "string", "pattern": "(" * 500},
+        {"type": "string", "pattern": "(" * 30_000 + ")" * 30_000},  # crashes xgrammar 0.2
+        {"type": "object", "properties": {"x": {"$ref": "#"}}, "required": ["x"]},
+        {"not": {"type": "string"}},
         {"enum": ["x" * 100] * 4000},
     ],
 )

@@ -28,7 +28,7 @@ from latentcore.engine.scheduler import (
     Scheduler,
     Status,
 )
-from latentcore.engine.structured import GrammarMatcher, new_mask
+from latentcore.engine.structured import GrammarError, GrammarMatcher, new_mask
 from latentcore.engine.text import StopStringFilter
 from latentcore.engine.tokenizer import Tokenizer
 from latentcore.errors import LatentcoreError, RequestError
@@ -71,10 +71,6 @@ class Runner(Protocol):
 
 class StepFailedError(LatentcoreError):
     """The step that a request was part of failed. The request is lost, the engine goes on."""
-
-
-class GrammarDeadEndError(LatentcoreError):
-    """A request's grammar has come to a place that nothing can follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -426,7 +422,7 @@ class Engine:
                 request.metrics.first_token_time = now
             try:
                 self._advance(request, choice, sampled)
-            except GrammarDeadEndError as error:
+            except GrammarError as error:
                 self._drop(request)
                 failures[request.request_id] = error
 
@@ -449,8 +445,8 @@ class Engine:
         if choice.grammar_after is not None:
             if token_id == choice.grammar_after:
                 choice.grammar_after = None
-        elif choice.matcher is not None and not choice.matcher.accept(token_id):
-            raise GrammarDeadEndError("no token continues this answer within its grammar")
+        elif choice.matcher is not None:
+            choice.matcher.accept(token_id)
         stops_count = len(choice.token_ids) >= params.min_tokens
         stopped = stops_count and self._stops(request, choice, token_id)
         if not stopped or params.include_stop_str_in_output:

@@ -10,6 +10,9 @@ from latentcore.engine.structured import CompiledGrammar, GrammarCompiler
 from latentcore.engine.tokenizer import Tokenizer
 from latentcore.errors import RequestError
 
+_CHARACTERS_A_TOKEN = 16
+"""More than real text has, on average."""
+
 
 class TokensPrompt(TypedDict):
     """A prompt given by its token ids, taken as they are."""
@@ -128,10 +131,25 @@ class RequestPreparer:
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(f"prompt: not valid Unicode text ({error.reason})") from None
+        self._refuse_endless(text)
         token_ids = self.tokenizer.encode(text, add_begin=add_begin)
         if not token_ids:
             raise RequestError("prompt: expected at least one token, found an empty text")
         return text, self._check_token_ids(token_ids)
+
+    def _refuse_endless(self, text: str) -> None:
+        """Refuses a text whose beginning alone is too long, without reading all of it."""
+        assert self.tokenizer is not None
+        longest = self.limits.max_model_len
+        head = text[: longest * _CHARACTERS_A_TOKEN]
+        if len(head) == len(text):
+            return
+        # The cut may fall inside a word, which can then take a few tokens more.
+        if len(self.tokenizer.encode(head, add_begin=False)) > longest + _CHARACTERS_A_TOKEN:
+            raise RequestError(
+                f"the prompt has {len(text)} characters and more than {longest} tokens, "
+                f"max_model_len is {longest}; shorten the prompt or raise max_model_len"
+            )
 
     def _check_token_ids(self, token_ids: object) -> list[int]:
         if isinstance(token_ids, str) or not isinstance(token_ids, Sequence):

@@ -1,19 +1,24 @@
 """Answers that obey a grammar, through xgrammar.
 
-A grammar is compiled once and kept; each choice has a matcher that knows which tokens may come
-next, as one bit a token. Matchers of a step are asked while the model runs.
+A grammar is compiled once, in a process of its own, and kept; each choice has a matcher that knows
+which tokens may come next, as one bit a token. Matchers of a step are asked while the model runs.
 """
 
 import contextlib
+import itertools
 import json
 import threading
+import time
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from latentcore.engine.grammar_worker import GrammarWorker, quoted
+from latentcore.engine.json_schema import check_schema
 from latentcore.engine.sampling_params import StructuredOutputsParams
 from latentcore.engine.tokenizer import Tokenizer
-from latentcore.errors import RequestError
+from latentcore.errors import LatentcoreError, RequestError
 
 if TYPE_CHECKING:
     import torch
@@ -22,10 +27,25 @@ if TYPE_CHECKING:
 MAX_GRAMMAR_CHARACTERS = 200_000
 """Longest schema, expression or grammar that is compiled."""
 
-MAX_SCHEMA_DEPTH = 64
-"""Deepest nesting of a JSON schema."""
-
+_CACHE_ENTRIES = 256
 _CACHE_BYTES = 256 << 20
+_SECONDS_FREE = 1.0
+_SECONDS_A_TOKEN = 0.05
+
+_worker = GrammarWorker()
+_numbers = itertools.count()
+
+
+class GrammarError(LatentcoreError):
+    """An answer cannot go on within its grammar; only its own request fails."""
+
+
+class GrammarDeadEndError(GrammarError):
+    """A request's grammar has come to a place that nothing can follow."""
+
+
+class GrammarTooSlowError(GrammarError):
+    """Working out what a request's grammar allows would hold everyone else up."""
 
 
 class GrammarMatcher:
@@ -33,21 +53,43 @@ class GrammarMatcher:
 
     def __init__(self, matcher: "xgrammar.GrammarMatcher") -> None:
         self._matcher = matcher
+        self._seconds = 0.0
+        self._tokens = 0
 
     def fill(self, mask: "torch.Tensor") -> None:
         """Writes the tokens that may come next into `mask` (int32 [1, ceil(vocabulary / 32)])."""
-        self._matcher.fill_next_token_bitmask(mask, 0)
+        with self._timed():
+            self._matcher.fill_next_token_bitmask(mask, 0)
 
-    def accept(self, token_id: int) -> bool:
-        """Moves on by a token; False where the grammar does not allow it."""
-        accepted: bool = self._matcher.accept_token(token_id)
-        return accepted
+    def accept(self, token_id: int) -> None:
+        """Moves on by a token.
+
+        Raises GrammarDeadEndError where the grammar does not allow it, and GrammarTooSlowError
+        for a grammar that takes more processor time than a step may be held up for.
+        """
+        with self._timed():
+            accepted: bool = self._matcher.accept_token(token_id)
+        self._tokens += 1
+        if not accepted:
+            raise GrammarDeadEndError("no token continues this answer within its grammar")
+        if self._seconds > _SECONDS_FREE + _SECONDS_A_TOKEN * self._tokens:
+            raise GrammarTooSlowError(
+                f"this grammar took {self._seconds:.1f} s for {self._tokens} tokens, which is too "
+                "slow to use; write it with fewer alternatives"
+            )
 
     @property
     def finished(self) -> bool:
         """Whether the grammar has ended, end token included."""
         terminated: bool = self._matcher.is_terminated()
         return terminated
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        # Processor time: on a busy machine a quick grammar may wait for long.
+        start = time.thread_time()
+        yield
+        self._seconds += time.thread_time() - start
 
 
 class CompiledGrammar:
@@ -57,14 +99,11 @@ class CompiledGrammar:
         self._compiled = compiled
         self._end_ids = list(end_ids)
 
-    def check_can_start(self, vocab_size: int) -> None:
-        """Raises RequestError where no token at all may come first."""
-        mask = new_mask(vocab_size)
-        self.matcher().fill(mask)
-        if not mask.any():
-            raise RequestError(
-                "structured_outputs: the grammar cannot be compiled (nothing satisfies it)"
-            )
+    @property
+    def memory_bytes(self) -> int:
+        """Memory that the grammar takes, in bytes."""
+        size: int = self._compiled.memory_size_bytes
+        return size
 
     def matcher(self) -> GrammarMatcher:
         """A matcher at the start of the grammar."""
@@ -97,59 +136,89 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         self._end_ids = list(end_ids)
         self._lock = threading.Lock()
-        self._compiler: xgrammar.GrammarCompiler | None = None
+        self._number = next(_numbers)
+        self._info: xgrammar.TokenizerInfo | None = None
+        self._info_text = ""
+        self._cache: OrderedDict[str, CompiledGrammar | RequestError] = OrderedDict()
 
     def compile(self, params: StructuredOutputsParams) -> CompiledGrammar:
-        """Compiles; RequestError for a grammar that cannot be."""
-        with self._lock, _request_errors():
-            compiled = CompiledGrammar(self._compile(params), self._end_ids)
-            compiled.check_can_start(self._vocab_size)
-            return compiled
-
-    def compile_tool_call(self, options: Sequence[ToolCallGrammar]) -> CompiledGrammar:
-        """A grammar for one tool call: one of `options`. RequestError if it cannot be compiled."""
-        with self._lock, _request_errors():
-            compiler = self._get_compiler()
-            from xgrammar import Grammar
-
-            grammars = []
-            for option in options:
-                _check_size("tools", option.schema)
-                _check_depth(json.loads(option.schema))
-                grammars.append(
-                    Grammar.concat(
-                        Grammar.from_ebnf(f"root ::= {_quoted(option.before)}"),
-                        Grammar.from_json_schema(option.schema, any_whitespace=False),
-                        Grammar.from_ebnf(f"root ::= {_quoted(option.after)}"),
-                    )
-                )
-            whole = grammars[0] if len(grammars) == 1 else Grammar.union(*grammars)
-            compiled = CompiledGrammar(compiler.compile_grammar(whole), self._end_ids)
-            compiled.check_can_start(self._vocab_size)
-            return compiled
-
-    def _compile(self, params: StructuredOutputsParams) -> "xgrammar.CompiledGrammar":
-        compiler = self._get_compiler()
+        """Compiles; RequestError for a grammar that cannot be. May take seconds."""
         if params.json is not None:
             schema = params.json if isinstance(params.json, str) else json.dumps(params.json)
             _check_size("json", schema)
-            _check_depth(json.loads(schema))
-            return compiler.compile_json_schema(schema, any_whitespace=False)
+            check_schema(json.loads(schema), "structured_outputs.json")
+            return self._compiled("json", schema)
         if params.json_object:
-            return compiler.compile_json_schema('{"type": "object"}', any_whitespace=False)
+            return self._compiled("json", '{"type": "object"}')
         if params.regex is not None:
             _check_size("regex", params.regex)
-            return compiler.compile_regex(params.regex)
+            return self._compiled("regex", params.regex)
         if params.grammar is not None:
             _check_size("grammar", params.grammar)
-            return compiler.compile_grammar(params.grammar)
+            return self._compiled("ebnf", params.grammar)
         assert params.choice is not None
-        alternatives = " | ".join(_quoted(choice) for choice in params.choice)
+        alternatives = " | ".join(quoted(choice) for choice in params.choice)
         _check_size("choice", alternatives)
-        return compiler.compile_grammar(f"root ::= {alternatives}")
+        return self._compiled("ebnf", f"root ::= {alternatives}")
 
-    def _get_compiler(self) -> "xgrammar.GrammarCompiler":
-        if self._compiler is None:
+    def compile_tool_calls(
+        self, options: Sequence[ToolCallGrammar], *, separator: str | None, end: str
+    ) -> CompiledGrammar:
+        """A grammar for tool calls, each one of `options`, and then `end`, which may be left out.
+
+        `separator` stands between calls; None allows one call only. RequestError for schemas that
+        cannot be compiled. May take seconds.
+        """
+        for option in options:
+            _check_size("tools", option.schema)
+            check_schema(json.loads(option.schema), "tools")
+        calls = {
+            "options": [
+                {"before": option.before, "schema": option.schema, "after": option.after}
+                for option in options
+            ],
+            "separator": separator,
+            "end": end,
+        }
+        return self._compiled("tool_calls", calls)
+
+    def _compiled(self, kind: str, text: Any) -> CompiledGrammar:
+        """Out of the cache, which knows what cannot be compiled too, or newly compiled."""
+        key = json.dumps([kind, text])
+        with self._lock:
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                return _unless_refused(self._cache[key])
+            info = self._tokenizer_info()
+        found: CompiledGrammar | RequestError
+        try:
+            written = _worker.compile(self._number, self._info_text, {"kind": kind, "text": text})
+        except RequestError as error:
+            found = error
+        else:
+            import xgrammar
+
+            compiled = xgrammar.CompiledGrammar.deserialize_json(written, info)
+            found = CompiledGrammar(compiled, self._end_ids)
+        with self._lock:
+            self._cache[key] = found
+            self._trim()
+        return _unless_refused(found)
+
+    def _trim(self) -> None:
+        sizes = [
+            entry.memory_bytes if isinstance(entry, CompiledGrammar) else 0
+            for entry in self._cache.values()
+        ]
+        total = sum(sizes)
+        for size in sizes[:-1]:
+            if len(self._cache) <= _CACHE_ENTRIES and total <= _CACHE_BYTES:
+                return
+            self._cache.popitem(last=False)
+            total -= size
+
+    def _tokenizer_info(self) -> "xgrammar.TokenizerInfo":
+        if self._info is None:
             try:
                 import xgrammar
             except ImportError:
@@ -159,20 +228,17 @@ class GrammarCompiler:
                 ) from None
 
             vocabulary: list[Any] = [token or b"" for token in self._tokenizer.token_bytes]
-            special = self._tokenizer.special_ids
-            for token_id in special:
+            for token_id in self._tokenizer.special_ids:
                 vocabulary[token_id] = b""
             vocabulary += [b""] * (self._vocab_size - len(vocabulary))
-            info = xgrammar.TokenizerInfo(
+            self._info = xgrammar.TokenizerInfo(
                 vocabulary[: self._vocab_size],
                 vocab_type=xgrammar.VocabType.RAW,
                 vocab_size=self._vocab_size,
                 stop_token_ids=self._end_ids,
             )
-            self._compiler = xgrammar.GrammarCompiler(
-                info, max_threads=1, cache_limit_bytes=_CACHE_BYTES
-            )
-        return self._compiler
+            self._info_text = self._info.serialize_json()
+        return self._info
 
 
 def new_mask(vocab_size: int) -> "torch.Tensor":
@@ -182,29 +248,10 @@ def new_mask(vocab_size: int) -> "torch.Tensor":
     return torch.empty((1, -(-vocab_size // 32)), dtype=torch.int32)
 
 
-def _quoted(text: str) -> str:
-    """A string literal of xgrammar's EBNF."""
-    escaped = "".join(
-        character
-        if character.isascii() and character.isprintable() and character not in '"\\'
-        else f"\\U{ord(character):08x}"
-        for character in text
-    )
-    return f'"{escaped}"'
-
-
-@contextlib.contextmanager
-def _request_errors() -> Iterator[None]:
-    """Turns what xgrammar raises over a grammar into a RequestError."""
-    try:
-        yield
-    except RequestError:
-        raise
-    except (RuntimeError, ValueError, RecursionError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise RequestError(
-            f"structured_outputs: the grammar cannot be compiled ({reason[:300]})"
-        ) from None
+def _unless_refused(found: CompiledGrammar | RequestError) -> CompiledGrammar:
+    if isinstance(found, RequestError):
+        raise RequestError(str(found))
+    return found
 
 
 def _check_size(name: str, text: str) -> None:
@@ -213,20 +260,3 @@ def _check_size(name: str, text: str) -> None:
             f"structured_outputs.{name}: expected at most {MAX_GRAMMAR_CHARACTERS} characters, "
             f"found {len(text)}"
         )
-
-
-def _check_depth(schema: Any) -> None:
-    level = [schema]
-    for _ in range(MAX_SCHEMA_DEPTH):
-        level = [
-            child
-            for item in level
-            for child in (
-                item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
-            )
-        ]
-        if not level:
-            return
-    raise RequestError(
-        f"structured_outputs.json: expected at most {MAX_SCHEMA_DEPTH} levels of nesting"
-    )

@@ -174,12 +174,16 @@ class _JsonBackend:
             self.token_bytes[token_id] = spell(token)
 
     def encode(self, text: str) -> list[int]:
-        token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        # As a batch of one: unlike `encode`, it lets other threads run, the engine's among them.
+        (found,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        token_ids: list[int] = found.ids
         return token_ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
-        return text
+        (text,) = self._tokenizer.decode_batch(
+            [list(token_ids)], skip_special_tokens=skip_special_tokens
+        )
+        return str(text)
 
     def detokenizer(self, *, skip_special_tokens: bool) -> Detokenizer:
         if self._byte_level:

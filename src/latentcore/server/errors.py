@@ -5,7 +5,8 @@ from typing import Any
 from pydantic_core import ErrorDetails
 
 from latentcore.engine.async_engine import EngineClosedError, EngineDeadError, QueueFullError
-from latentcore.engine.engine import GrammarDeadEndError, StepFailedError
+from latentcore.engine.engine import StepFailedError
+from latentcore.engine.structured import GrammarDeadEndError, GrammarTooSlowError
 from latentcore.errors import UserError
 
 RETRY_AFTER_SECONDS = 2
@@ -72,6 +73,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(503, "the engine has stopped", kind="service_unavailable")
     if isinstance(error, GrammarDeadEndError):
         return ApiError(400, str(error), code="grammar_dead_end")
+    if isinstance(error, GrammarTooSlowError):
+        return ApiError(400, str(error), code="grammar_too_slow")
     if isinstance(error, StepFailedError):
         return ApiError(500, str(error), kind="server_error", code="step_failed")
     if isinstance(error, TimeoutError):

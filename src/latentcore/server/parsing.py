@@ -73,6 +73,13 @@ class ToolFormat:
         return f"{header}{self.separator}{fence}"
 
     @property
+    def between(self) -> str | None:
+        """What stands between two calls; None where a later call's header cannot be foretold."""
+        if self.style == "kimi":
+            return None
+        return ("\n" if self.style == "v3" else "") + self.call_begin
+
+    @property
     def closing(self) -> str:
         """What stands between the arguments and call_end."""
         return "\n```" if self.style == "v3" else ""

@@ -2,10 +2,13 @@
 
 import asyncio
 import contextlib
+import dataclasses
+import functools
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +16,7 @@ from latentcore.engine.async_engine import AsyncEngine, OutputStream
 from latentcore.engine.chat import ChatTemplate
 from latentcore.engine.outputs import CompletionOutput, LogprobsAtPosition, RequestOutput
 from latentcore.engine.request import PreparedRequest, Prompt
-from latentcore.engine.structured import CompiledGrammar, ToolCallGrammar
+from latentcore.engine.structured import CompiledGrammar, GrammarCompiler, ToolCallGrammar
 from latentcore.engine.tokenizer import Tokenizer
 from latentcore.errors import RequestError
 from latentcore.server.errors import ApiError
@@ -69,6 +72,8 @@ class _ChatPlan:
     """A chat request ready to run."""
 
     prepared: PreparedRequest
+    compile: Callable[[], CompiledGrammar] | None
+    """What compiles its grammar, if it has one."""
     tool_format: ToolFormat | None
     forced: bool
     """Whether the prompt ends in the opening of a tool call."""
@@ -136,6 +141,8 @@ class Service:
         self.model_names = tuple(model_names)
         self.created = int(time.time())
         self._timeout = request_timeout
+        # Compiling may take seconds; others' prompts are read by other threads meanwhile.
+        self._compilers = ThreadPoolExecutor(4, thread_name_prefix="latentcore-grammars")
         template = engine.loaded.chat_template
         source = template.source(with_tools=True) if template is not None else ""
         self._tool_format = tool_format_of(source)
@@ -196,6 +203,8 @@ class Service:
         """Checks and queues a completion; the prompts run together."""
         self._check_model(request.model)
         params = request.sampling_params(self.engine.loaded)
+        structured = params.structured_outputs
+        params = params.replace(structured_outputs=None)
         prompts = request.prompts()
         if len(prompts) > MAX_PROMPTS:
             raise RequestError(
@@ -210,6 +219,9 @@ class Service:
             ]
 
         prepared = await asyncio.to_thread(prepare)
+        if structured is not None:
+            grammar = await self._compiled(functools.partial(self._grammars().compile, structured))
+            prepared = [dataclasses.replace(one, grammar=grammar) for one in prepared]
         return CompletionRun(self, request, prepared)
 
     # -- chat --------------------------------------------------------------------------------------
@@ -218,6 +230,9 @@ class Service:
         """Checks and queues a chat completion."""
         self._check_model(request.model)
         plan = await asyncio.to_thread(self._plan_chat, request)
+        if plan.compile is not None:
+            grammar = await self._compiled(plan.compile)
+            plan.prepared = dataclasses.replace(plan.prepared, grammar=grammar)
         return ChatRun(self, request, plan)
 
     def _plan_chat(self, request: ChatCompletionRequest) -> _ChatPlan:
@@ -240,7 +255,7 @@ class Service:
             request.messages, tools, add_generation_prompt, request.chat_template_kwargs
         )
         inside = self._reasons and prompt_opens_reasoning(text)
-        grammar: CompiledGrammar | None = None
+        compile_grammar: Callable[[], CompiledGrammar] | None = None
         grammar_after: int | None = None
         forced = bool(tools) and choice != "auto"
         if forced:
@@ -250,25 +265,23 @@ class Service:
             if inside:
                 text, inside = text + THINK_END, False
             text += self._tool_format.begin + self._tool_format.call_begin
-            grammar = self._tool_grammar(tools, choice)
+            several = choice == "required" and request.parallel_tool_calls is not False
+            compile_grammar = self._tool_grammar(tools, choice, several=several)
         elif structured is not None:
-            grammars = self.engine.preparer.grammars
-            if grammars is None:
-                raise RequestError("structured_outputs: this model has no tokenizer")
-            grammar = grammars.compile(structured)
+            compile_grammar = functools.partial(self._grammars().compile, structured)
             if inside:
                 grammar_after = self._tokenizer().token_id(THINK_END)
-        if grammar is not None and params.min_tokens:
+        if compile_grammar is not None and params.min_tokens:
             raise RequestError("min_tokens: cannot be combined with a grammar")
         if tools and request.skip_special_tokens is None:
             # Calls are found by their markers, which may be special tokens.
             params = params.replace(skip_special_tokens=False)
-        token_ids = self._tokenizer().encode(_unicode(text), add_begin=False)
         prepared = self.engine.preparer.prepare(
-            {"prompt_token_ids": token_ids}, params, grammar=grammar, grammar_after=grammar_after
+            text, params, add_begin=False, grammar_after=grammar_after
         )
         return _ChatPlan(
             prepared=prepared,
+            compile=compile_grammar,
             tool_format=self._tool_format if tools else None,
             forced=forced,
             inside_reasoning=inside,
@@ -276,28 +289,39 @@ class Service:
         )
 
     def _tool_grammar(
-        self, tools: Sequence[Tool], choice: str | NamedToolChoice
-    ) -> CompiledGrammar:
+        self, tools: Sequence[Tool], choice: str | NamedToolChoice, *, several: bool
+    ) -> Callable[[], CompiledGrammar]:
+        """What compiles the grammar of a call that has to be made, or of `several`."""
         if isinstance(choice, NamedToolChoice):
             name = choice.function.name
             tools = [tool for tool in tools if tool.function.name == name]
             if not tools:
                 raise RequestError(f"tool_choice: there is no tool named {name!r}")
-        assert self._tool_format is not None
+        form = self._tool_format
+        assert form is not None
+        options = [
+            ToolCallGrammar(
+                before=form.opening(tool.function.name),
+                schema=json.dumps(tool.function.parameters or {"type": "object"}),
+                after=form.closing + form.call_end,
+            )
+            for tool in tools
+        ]
+        return functools.partial(
+            self._grammars().compile_tool_calls,
+            options,
+            separator=form.between if several else None,
+            end=form.end,
+        )
+
+    async def _compiled(self, work: Callable[[], CompiledGrammar]) -> CompiledGrammar:
+        return await asyncio.get_running_loop().run_in_executor(self._compilers, work)
+
+    def _grammars(self) -> GrammarCompiler:
         grammars = self.engine.preparer.grammars
         if grammars is None:
-            raise RequestError("tool_choice: this model has no tokenizer")
-        closing = self._tool_format.closing + self._tool_format.call_end
-        return grammars.compile_tool_call(
-            [
-                ToolCallGrammar(
-                    before=self._tool_format.opening(tool.function.name),
-                    schema=json.dumps(tool.function.parameters or {"type": "object"}),
-                    after=closing,
-                )
-                for tool in tools
-            ]
-        )
+            raise RequestError("structured_outputs: this model has no tokenizer")
+        return grammars
 
     # -- shared ------------------------------------------------------------------------------------
 

@@ -1,0 +1,176 @@
+"""JSON schemas that a grammar can hold an answer to.
+
+xgrammar passes over keywords that a grammar cannot express, and an answer would then break a rule
+that its client counts on. Such schemas are refused here, by the keyword's name, and so are those
+that no finite document satisfies.
+"""
+
+import urllib.parse
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from latentcore.errors import RequestError
+
+MAX_SCHEMA_DEPTH = 64
+"""Deepest nesting of a JSON schema."""
+
+_UNSUPPORTED = (
+    "not",
+    "if",
+    "contains",
+    "dependentRequired",
+    "dependentSchemas",
+    "dependencies",
+    "$dynamicRef",
+    "$recursiveRef",
+)
+_SINGLE = ("additionalProperties", "items", "propertyNames", "unevaluatedItems")
+_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
+_MAPPINGS = ("properties", "patternProperties")
+_ALLOF_COMPANIONS = frozenset(
+    {"allOf", "title", "description", "default", "examples", "$defs", "definitions", "$schema"}
+)
+
+
+def check_schema(schema: Any, name: str) -> None:
+    """Raises RequestError, naming the parameter `name`, for a schema that cannot be obeyed.
+
+    `schema` is a parsed JSON document. What is wrong in other ways is left to the compiler.
+    """
+    _check_depth(schema, name)
+    nodes: dict[int, Any] = {}
+    parents: dict[int, list[int]] = {}
+    waiting = [schema]
+    while waiting:
+        node = waiting.pop()
+        if id(node) in nodes:
+            continue
+        nodes[id(node)] = node
+        if isinstance(node, Mapping):
+            _check_keywords(node, name)
+        for child in _children(node, schema, name):
+            parents.setdefault(id(child), []).append(id(node))
+            waiting.append(child)
+    # What has a finite document, found from the leaves up.
+    finite: set[int] = set()
+    candidates = dict.fromkeys(reversed(nodes))
+    while candidates:
+        key = next(iter(candidates))
+        del candidates[key]
+        if key not in finite and _is_finite(nodes[key], schema, name, finite):
+            finite.add(key)
+            candidates.update(dict.fromkeys(parents.get(key, ())))
+    if id(schema) not in finite:
+        raise RequestError(f"{name}: nothing satisfies this schema, it recurses for ever")
+
+
+def _check_depth(schema: Any, name: str) -> None:
+    level = [schema]
+    for _ in range(MAX_SCHEMA_DEPTH):
+        level = [
+            child
+            for item in level
+            for child in (
+                item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+            )
+        ]
+        if not level:
+            return
+    raise RequestError(f"{name}: expected at most {MAX_SCHEMA_DEPTH} levels of nesting")
+
+
+def _check_keywords(node: Mapping[str, Any], name: str) -> None:
+    for keyword in _UNSUPPORTED:
+        if keyword in node:
+            raise RequestError(f"{name}: {keyword!r} cannot be enforced; leave it out")
+    if node.get("uniqueItems"):
+        raise RequestError(f"{name}: 'uniqueItems' cannot be enforced; leave it out")
+    every = node.get("allOf")
+    if isinstance(every, list) and (len(every) > 1 or not node.keys() <= _ALLOF_COMPANIONS):
+        raise RequestError(
+            f"{name}: 'allOf' can only be enforced where it has one schema and nothing beside it; "
+            "write the schemas as one"
+        )
+
+
+def _children(node: Any, root: Any, name: str) -> Iterator[Any]:
+    """A schema's direct subschemas, the one that it refers to included."""
+    if not isinstance(node, Mapping):
+        return
+    if "$ref" in node:
+        yield _resolve(node["$ref"], root, name)
+    for keyword in _SINGLE:
+        if isinstance(node.get(keyword), Mapping):
+            yield node[keyword]
+    for keyword in _LISTS:
+        if isinstance(node.get(keyword), list):
+            yield from node[keyword]
+    for keyword in _MAPPINGS:
+        if isinstance(node.get(keyword), Mapping):
+            yield from node[keyword].values()
+
+
+def _resolve(reference: Any, root: Any, name: str) -> Any:
+    shown = str(reference)[:100]
+    if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
+        raise RequestError(
+            f"{name}: $ref {shown!r}: expected a place in this schema, such as '#/$defs/item'"
+        )
+    found = root
+    for part in reference.split("/")[1:]:
+        key = urllib.parse.unquote(part).replace("~1", "/").replace("~0", "~")
+        if isinstance(found, Mapping) and key in found:
+            found = found[key]
+        elif isinstance(found, list) and key.isdecimal() and int(key) < len(found):
+            found = found[int(key)]
+        else:
+            raise RequestError(f"{name}: $ref {shown!r}: there is nothing at this place")
+    return found
+
+
+def _is_finite(node: Any, root: Any, name: str, finite: set[int]) -> bool:
+    """Whether a schema has a finite document, if just those in `finite` have one."""
+    if not isinstance(node, Mapping):
+        return node is not False
+    if "$ref" in node:
+        return id(_resolve(node["$ref"], root, name)) in finite
+    if "const" in node or "enum" in node:
+        return True
+    for keyword in ("anyOf", "oneOf"):
+        if isinstance(node.get(keyword), list):
+            return any(id(branch) in finite for branch in node[keyword])
+    if isinstance(node.get("allOf"), list):
+        return all(id(branch) in finite for branch in node["allOf"])
+    kinds = node.get("type")
+    if isinstance(kinds, str):
+        kinds = [kinds]
+    if not isinstance(kinds, Sequence):
+        kinds = ["object"] if "properties" in node else ["array"] if "items" in node else ["null"]
+    return any(
+        _object_is_finite(node, finite)
+        if kind == "object"
+        else _array_is_finite(node, finite)
+        if kind == "array"
+        else True
+        for kind in kinds
+    )
+
+
+def _object_is_finite(node: Mapping[str, Any], finite: set[int]) -> bool:
+    properties = node.get("properties")
+    required = node.get("required")
+    if not isinstance(properties, Mapping) or not isinstance(required, list):
+        return True
+    needed = (properties[key] for key in required if isinstance(key, str) and key in properties)
+    return all(id(schema) in finite for schema in needed)
+
+
+def _array_is_finite(node: Mapping[str, Any], finite: set[int]) -> bool:
+    least = node.get("minItems", 0)
+    prefix = node.get("prefixItems")
+    items = [*prefix] if isinstance(prefix, list) else []
+    if not isinstance(least, int) or least <= 0:
+        return all(id(schema) in finite for schema in items)
+    if least > len(items) and isinstance(node.get("items"), Mapping):
+        items.append(node["items"])
+    return all(id(schema) in finite for schema in items)
