@@ -1,9 +1,13 @@
 """The engine's step on a fake model that notices every mistake in cache, position and path."""
 
 import random
+import re
+import threading
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
+import torch
 
 from latentcore.engine.engine import MAX_PROMPT_LOGPROB_TOKENS, Engine, StepFailedError
 from latentcore.engine.outputs import RequestOutput
@@ -15,7 +19,9 @@ from latentcore.engine.sampling_params import (
 )
 from latentcore.engine.structured import GrammarDeadEndError, GrammarMatcher
 from latentcore.errors import RequestError
-from tests.engine.fakes import END_ID, FakeRunner, ScriptedRunner, make_engine
+from latentcore.models.chunk import SequenceChunk
+from latentcore.models.logits import StepLogits
+from tests.engine.fakes import END_ID, FakeRunner, ScriptedRunner, byte_token, make_engine
 
 Work = Sequence[tuple[Prompt, SamplingParams]]
 
@@ -447,6 +453,97 @@ def test_a_grammar_without_a_way_on_fails_its_request_alone(
     while engine.has_unfinished:
         last = engine.step()
     assert last.outputs[0].outputs[0].token_ids == alone("Q", params).outputs[0].token_ids
+
+
+def test_a_grammar_that_breaks_fails_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("xgrammar")
+    engine, preparer = make_engine()
+    structured = StructuredOutputsParams(regex="[a-z]{30}")
+    params = SamplingParams(max_tokens=9, seed=1, ignore_eos=True)
+    broken = params.replace(structured_outputs=structured, n=2)
+    engine.add_request("lost", preparer.prepare("Q", broken))
+    engine.add_request("fine", preparer.prepare("Q", params))
+    engine.step()
+    engine.step()
+    monkeypatch.setattr(GrammarMatcher, "fill", _break)
+    step = engine.step()
+    assert isinstance(step.failures["lost"], StepFailedError)
+    assert "followed a grammar: bad luck" in str(step.failures["lost"])
+    assert [output.request_id for output in step.outputs] == ["fine"]
+    engine.check_integrity()
+    while engine.has_unfinished:
+        last = engine.step()
+    assert last.outputs[0].outputs[0].token_ids == alone("Q", params).outputs[0].token_ids
+
+
+def _break(*_: object) -> None:
+    raise RuntimeError("bad luck")
+
+
+def test_masks_are_made_while_the_model_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model waits here for the mask of its own step: one made afterwards would never come."""
+    pytest.importorskip("xgrammar")
+    made = threading.Semaphore(0)
+    fill, forward = GrammarMatcher.fill, FakeRunner.forward
+
+    def noting(matcher: GrammarMatcher, mask: torch.Tensor) -> None:
+        fill(matcher, mask)
+        made.release()
+
+    def waiting(runner: FakeRunner, chunks: Sequence[SequenceChunk]) -> StepLogits:
+        assert made.acquire(timeout=20)
+        return forward(runner, chunks)
+
+    structured = StructuredOutputsParams(regex="[a-z]{9}")
+    engine, preparer = make_engine()
+    prepared = preparer.prepare("Q", SamplingParams(structured_outputs=structured, seed=1))
+    monkeypatch.setattr(GrammarMatcher, "fill", noting)
+    monkeypatch.setattr(FakeRunner, "forward", waiting)
+    engine.add_request("x", prepared)
+    steps = 0
+    while engine.has_unfinished:
+        assert not engine.step().failures
+        steps += 1
+    assert steps == 10
+
+
+class BlankRunner(FakeRunner):
+    """A model that wants nothing but white space."""
+
+    def _logits(self, state: bytes, position: int) -> np.ndarray:
+        logits = super()._logits(state, position)
+        for byte in b" \n\t":
+            logits[byte_token(byte)] = 90.0
+        logits[byte_token(ord('"'))] = 80.0
+        return logits
+
+
+@pytest.mark.parametrize(
+    "structured",
+    [
+        StructuredOutputsParams(json_object=True),
+        StructuredOutputsParams(
+            json={
+                "type": "object",
+                "properties": {
+                    "a": {"type": "array", "items": {"type": "boolean"}, "minItems": 2},
+                    "b": {"type": "object", "properties": {"c": {"type": "null"}}},
+                },
+                "required": ["a", "b"],
+            }
+        ),
+    ],
+    ids=["object", "schema"],
+)
+def test_json_has_no_unbounded_white_space(structured: StructuredOutputsParams) -> None:
+    """Between tokens, that is; strings hold what they like."""
+    pytest.importorskip("xgrammar")
+    engine, preparer = make_engine(BlankRunner())
+    params = SamplingParams(structured_outputs=structured, temperature=0, max_tokens=120)
+    (output,) = run(engine, preparer, [("Q", params)])
+    outside = re.sub(r'"[^"]*("|$)', '""', output.outputs[0].text)
+    assert outside.startswith("{")
+    assert not re.search(r"\s\s|[\n\t]", outside)
 
 
 def test_json_answers_fit_their_schema() -> None:

@@ -393,14 +393,21 @@ class Engine:
         """Samples and takes in a token for every row; returns the requests that failed alone."""
         failures: dict[str, BaseException] = {}
         rows: list[SampleRow] = []
-        for _, request, choice in sampling:
+        sampled: list[tuple[int, _Request, _Choice]] = []
+        for row, request, choice in sampling:
             sequence = choice.sequence
             assert sequence is not None
             params = request.prepared.params
             banned: tuple[int, ...] = ()
             if len(choice.token_ids) < params.min_tokens:
                 banned = (*params.stop_tokens, *self._options.end_ids)
-            mask = masks.get(sequence.rank)
+            try:
+                mask = masks.get(sequence.rank)
+                allowed = None if mask is None else mask.result()
+            except Exception as error:
+                failures[request.request_id] = _grammar_failure(error)
+                continue
+            sampled.append((row, request, choice))
             rows.append(
                 SampleRow(
                     params=params,
@@ -408,20 +415,24 @@ class Engine:
                     token_ids=sequence.token_ids,
                     num_prompt_tokens=sequence.num_prompt_tokens,
                     banned_ids=banned,
-                    allowed=None if mask is None else mask.result(),
+                    allowed=allowed,
                 )
             )
-        logits = logits.select([row for row, _, _ in sampling])
+        for request_id in failures:
+            self._drop(self._requests[request_id])
+        if not sampled:
+            return failures
+        logits = logits.select([row for row, _, _ in sampled])
         now = time.monotonic()
-        for (_, request, choice), sampled in zip(
-            sampling, self._sampler.sample(logits, rows), strict=True
+        for (_, request, choice), token in zip(
+            sampled, self._sampler.sample(logits, rows), strict=True
         ):
             if request.request_id not in self._requests:
                 continue
             if request.metrics.first_token_time is None:
                 request.metrics.first_token_time = now
             try:
-                self._advance(request, choice, sampled)
+                self._advance(request, choice, token)
             except GrammarError as error:
                 self._drop(request)
                 failures[request.request_id] = error
@@ -609,6 +620,12 @@ def _fill_mask(matcher: GrammarMatcher, vocab_size: int) -> "torch.Tensor":
     mask = new_mask(vocab_size)
     matcher.fill(mask)
     return mask
+
+
+def _grammar_failure(error: Exception) -> StepFailedError:
+    failure = StepFailedError(f"the engine failed while it followed a grammar: {error}")
+    failure.__cause__ = error
+    return failure
 
 
 def _has_news(choice: _Choice) -> bool:
