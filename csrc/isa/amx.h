@@ -92,8 +92,8 @@ struct Amx : Avx512<true, true> {
                                                         : 0;
 
   template <Format F>
-  static void tile_product(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64_t m, int multiple,
-                           const Sink& sink);
+  static void tile_product(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next, const Act& a, int64_t m,
+                           int multiple, const Sink& sink);
   template <Format F>
   static int64_t peak_round(int64_t iters);
 };

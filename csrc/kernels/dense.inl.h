@@ -70,19 +70,21 @@ void linear(const Ctx& ctx, const void* p) {
     else
       store_tile_bf16(static_cast<bf16*>(a.out), l.rows, l.rows, m0, m, panel, np, c);
   };
-  const Range r = owned(l.panels(), ctx.tid, ctx.nt, 0);
-  gemm<Isa>(panels_of(a.w, 0), r.begin, r.end, x, a.n, 1, sink_of(store));
+  shared_gemm<Isa>(ctx, a.w, x, a.n, 1, 0, sink_of(store));
 }
 
 // (matrix, panels) units of a stack of matrices that share out evenly: calls f(matrix, p0, p1).
 template <class Fn>
 LC_INLINE void each_unit(const Ctx& ctx, int64_t batch, int64_t panels, const Fn& f) {
-  const Range r = owned(batch * panels, ctx.tid, ctx.nt, 0);
-  for (int64_t u = r.begin; u < r.end;) {
-    const int64_t item = u / panels, p0 = u % panels, p1 = tmin(panels, p0 + r.end - u);
-    f(item, p0, p1);
-    u += p1 - p0;
-  }
+  each_share(
+      ctx, 1, panels, [&](int64_t, int t) { return owned(batch * panels, t, ctx.nt, 0); },
+      [&](int, int64_t, int64_t begin, int64_t end) {
+        for (int64_t u = begin; u < end;) {
+          const int64_t item = u / panels, p0 = u % panels, p1 = tmin(panels, p0 + end - u);
+          f(item, p0, p1);
+          u += p1 - p0;
+        }
+      });
 }
 
 // x[:, h, :] * w[h]^T for every head: rows of `x` prepared a head by the thread that needs them.
@@ -121,7 +123,7 @@ void heads(const Ctx& ctx, const void* p) {
     auto store = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
       store_tile_bf16(a.out + h * l.rows, l.batch * l.rows, l.rows, m0, m, panel, np, c);
     };
-    gemm<Isa>(w, p0, p1, x, a.n, 1, sink_of(store));
+    gemm<Isa>(w, p0, p1, x, a.n, sink_of(store));
   });
 }
 
@@ -137,12 +139,6 @@ LC_INLINE void store_gated(bf16* h, int64_t stride, int64_t cols, int64_t row0, 
     }
   }
 }
-// Pairs of panels that a thread owns of a gate-and-up weight.
-LC_INLINE Range owned_pairs(const Layout& l, const Ctx& ctx, int64_t turn) {
-  const Range r = owned(l.row_panels(), ctx.tid, ctx.nt, turn);
-  return {2 * r.begin, 2 * r.end};
-}
-
 template <class Isa>
 struct MlpPlan {
   ActSlot<Isa> x;
@@ -164,15 +160,13 @@ void mlp(const Ctx& ctx, const void* p) {
   auto gate = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
     store_gated(plan.h, g.rows, g.rows, m0, m, panel, np, c);
   };
-  const Range pairs = owned_pairs(g, ctx, 0);
-  gemm<Isa>(panels_of(a.gate_up, 0), pairs.begin, pairs.end, x, a.n, 2, sink_of(gate));
+  shared_gemm<Isa>(ctx, a.gate_up, x, a.n, 2, 0, sink_of(gate));
   ctx.barrier();
   const Act h = plan.hq.fill(ctx, plan.h, g.rows);
   auto store = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
     store_tile_bf16(a.out, d.rows, d.rows, m0, m, panel, np, c);
   };
-  const Range r = owned(d.panels(), ctx.tid, ctx.nt, 1);
-  gemm<Isa>(panels_of(a.down, 0), r.begin, r.end, h, a.n, 1, sink_of(store));
+  shared_gemm<Isa>(ctx, a.down, h, a.n, 1, 1, sink_of(store));
 }
 
 }  // namespace

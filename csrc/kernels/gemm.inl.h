@@ -5,7 +5,7 @@
 // on how many rows there are or how they are tiled.
 #pragma once
 
-#include "kernels/args.h"
+#include "kernels/share.inl.h"
 
 namespace {
 
@@ -116,6 +116,18 @@ void act_prepare_row(Format f, const Act& a, int64_t m, const bf16* x, int64_t k
       act_store16<Isa>(a, m, i, v);
   }
 }
+// A prepared row again, at another place.
+template <class Isa>
+void act_copy_row(Format f, const Act& a, int64_t from, int64_t to, int64_t k) {
+  const int64_t bytes = block_k(f) * act_bytes<Isa>(f), blocks = ceil_div(k, block_k(f));
+  const uint8_t* src = a.row(from);
+  uint8_t* dst = a.row(to);
+  for (int64_t b = 0; b < blocks; ++b) {
+    for (int64_t at = 0; at < bytes; at += 64)
+      std::memcpy(dst + b * a.block_stride + at, src + b * a.block_stride + at, 64);
+  }
+  if (f == Format::INT8) a.scale[to] = a.scale[from];
+}
 // The same from fp32, for bf16-like formats; `column_scale` (may be null) multiplies first.
 template <class Isa>
 void act_prepare_row_f32(const Act& a, int64_t m, const float* x, const float* column_scale, int64_t k) {
@@ -133,9 +145,21 @@ void act_prepare_row_f32(const Act& a, int64_t m, const float* x, const float* c
 
 // ---- register tiles ---------------------------------------------------------------------------
 
+// What to fetch while panels are read: kPrefetchBytes ahead of what is read, but from block `turn` on
+// `jump` bytes further, where the panels that are read next begin.
+struct Ahead {
+  int64_t turn, jump;
+  Ahead from(int64_t block) const { return {turn - block, jump}; }
+};
+// For panels whose lines are followed by those of `next`.
+LC_INLINE Ahead ahead_of(const uint8_t* panel, int64_t stride, int64_t lines, int64_t block_bytes,
+                         const uint8_t* next) {
+  return {(lines * 64 - kPrefetchBytes) / block_bytes, next - panel - stride};
+}
+
 // c[m][p*16 + r] for M rows and NP panels over `blocks` blocks of K, starting from zero.
 template <class Isa, Format F, int M, int NP>
-void tile(const Act& a, const uint8_t* w, int64_t panel_stride, int64_t blocks, float* c) {
+void tile(const Act& a, const uint8_t* w, int64_t panel_stride, int64_t blocks, const Ahead& fetch, float* c) {
   using U = typename Isa::template Unit<F>;
   constexpr int kLines = block_k(F) / k_per_line(F);
   typename U::Acc acc[M][NP];
@@ -149,10 +173,8 @@ void tile(const Act& a, const uint8_t* w, int64_t panel_stride, int64_t blocks, 
   for (int m = 0; m < M; ++m) row[m] = a.base + m * a.row_stride;
   const int64_t step = a.block_stride;
   constexpr int64_t kBlockBytes = kLines * 64;
-  // Near a panel's end the lines to fetch next are those of the panels behind this group.
-  const int64_t turn = blocks - kPrefetchBytes / kBlockBytes;
   for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t ahead = kPrefetchBytes + (b < turn ? 0 : (NP - 1) * panel_stride);
+    const int64_t ahead = kPrefetchBytes + (b < fetch.turn ? 0 : fetch.jump);
 #pragma GCC unroll 4
     for (int u = 0; u < kLines; ++u) {
       typename U::Line line[NP];
@@ -183,7 +205,7 @@ void tile(const Act& a, const uint8_t* w, int64_t panel_stride, int64_t blocks, 
   }
 }
 
-using TileFn = void (*)(const Act&, const uint8_t*, int64_t, int64_t, float*);
+using TileFn = void (*)(const Act&, const uint8_t*, int64_t, int64_t, const Ahead&, float*);
 
 template <class Isa, Format F, int NP, int M>
 constexpr TileFn tile_or_null() {
@@ -205,10 +227,11 @@ TileFn tile_for(int m) {
   return table[m];
 }
 template <class Isa, Format F>
-LC_INLINE void run_tile(int m, int np, const Act& a, const uint8_t* w, int64_t stride, int64_t blocks, float* c) {
-  if (np == 4) return tile_for<Isa, F, 4>(m)(a, w, stride, blocks, c);
-  if (np == 2) return tile_for<Isa, F, 2>(m)(a, w, stride, blocks, c);
-  tile_for<Isa, F, 1>(m)(a, w, stride, blocks, c);
+LC_INLINE void run_tile(int m, int np, const Act& a, const uint8_t* w, int64_t stride, int64_t blocks,
+                        const Ahead& fetch, float* c) {
+  if (np == 4) return tile_for<Isa, F, 4>(m)(a, w, stride, blocks, fetch, c);
+  if (np == 2) return tile_for<Isa, F, 2>(m)(a, w, stride, blocks, fetch, c);
+  tile_for<Isa, F, 1>(m)(a, w, stride, blocks, fetch, c);
 }
 
 // ---- epilogues --------------------------------------------------------------------------------
@@ -297,34 +320,36 @@ LC_INLINE const float* block_scale(const Panels& w, const uint8_t* panel, int64_
   return reinterpret_cast<const float*>(panel + w.lines * 64) + block;
 }
 
-// `np` (4, 2 or 1) panels by `m` rows of one register tile, scaled, into c.
+// `np` (4, 2 or 1) panels by `m` rows of one register tile, scaled, into c. The panels at `next` are
+// read next.
 template <class Isa, Format F>
-void tile_product(const Panels& w, const uint8_t* panel, int np, const Act& a, int m, float* c) {
+void tile_product(const Panels& w, const uint8_t* panel, int np, const uint8_t* next, const Act& a, int m, float* c) {
   constexpr int64_t kBlockBytes = block_k(F) / k_per_line(F) * 64;
   const int64_t blocks = w.lines * 64 / kBlockBytes;
+  const Ahead fetch = ahead_of(panel, w.stride, w.lines, kBlockBytes, next);
   if constexpr (F == Format::FP8) {
     alignas(64) float sums[12 * kTileCols];
     constexpr int64_t kPer = kFp8Block / 32;
     for (int64_t b = 0; b < blocks; b += kPer) {
       Act at = a;
       at.base += b * a.block_stride;
-      run_tile<Isa, F>(m, np, at, panel + b * kBlockBytes, w.stride, tmin(kPer, blocks - b), sums);
+      run_tile<Isa, F>(m, np, at, panel + b * kBlockBytes, w.stride, tmin(kPer, blocks - b), fetch.from(b), sums);
       add_block(c, sums, m, np, block_scale(w, panel, b / kPer), w.stride / 4, b == 0);
     }
   } else {
-    run_tile<Isa, F>(m, np, a, panel, w.stride, blocks, c);
+    run_tile<Isa, F>(m, np, a, panel, w.stride, blocks, fetch, c);
   }
   finish<F>(w, panel, np, a.scale, m, c);
 }
 
-// Widens lines [line0, line0 + lines) of `np` panels of byte codes to bf16 lines.
+// Widens lines [line0, line0 + lines) of `np` panels of byte codes to bf16 lines. `fetch` counts lines.
 template <class Isa, Format F>
-void widen_panels(const Panels& w, const uint8_t* panel, int np, int64_t line0, int64_t lines, uint8_t* dst,
-                  int64_t dst_stride) {
+void widen_panels(const Panels& w, const uint8_t* panel, int np, int64_t line0, int64_t lines, const Ahead& fetch,
+                  uint8_t* dst, int64_t dst_stride) {
   for (int p = 0; p < np; ++p)
     for (int64_t l = 0; l < lines; ++l) {
       const uint8_t* src = panel + p * w.stride + (line0 + l) * 64;
-      vprefetch(src + kPrefetchBytes);
+      vprefetch(src + kPrefetchBytes + (line0 + l < fetch.turn ? 0 : fetch.jump));
       Isa::template widen_to<F>(src, dst + p * dst_stride + l * 128);
     }
 }
@@ -337,7 +362,8 @@ constexpr int64_t kWideStride = kWideLines * 128;          // a widened panel of
 
 // FP8 panels by many rows: K is walked in blocks of 128, each widened once.
 template <class Isa>
-void widened_product(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64_t m, const Sink& sink) {
+void widened_product(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next, const Act& a, int64_t m,
+                     const Sink& sink) {
   alignas(64) uint8_t wide[2 * kWideStride];
   alignas(64) float total[kRowBlock * kTileCols];
   alignas(64) float sums[12 * kTileCols];
@@ -349,9 +375,10 @@ void widened_product(const Panels& w, int64_t p0, int64_t p1, const Act& a, int6
     for (int64_t p = p0; p < p1; p += 2) {
       const int np = static_cast<int>(tmin<int64_t>(2, p1 - p));
       const uint8_t* panel = w.base + p * w.stride;
+      const Ahead fetch = ahead_of(panel, w.stride, w.lines, 64, p + np < p1 ? panel + np * w.stride : next);
       for (int64_t line = 0, blk = 0; line < w.lines; line += kWideLines, ++blk) {
         const int64_t lines = tmin(kWideLines, w.lines - line);
-        widen_panels<Isa, Format::FP8>(w, panel, np, line, lines, wide, kWideStride);
+        widen_panels<Isa, Format::FP8>(w, panel, np, line, lines, fetch, wide, kWideStride);
         const int64_t blocks = lines / 8;  // of 32 k
         for (int64_t i = 0; i < mi; i += rows) {
           const int mb = static_cast<int>(tmin(rows, mi - i));
@@ -359,7 +386,7 @@ void widened_product(const Panels& w, int64_t p0, int64_t p1, const Act& a, int6
           at.base += blk * (kFp8Block / 32) * a.block_stride;
           for (int q = 0; q < np; q += tmin(kNp, np - q))
             run_tile<Isa, Format::BF16>(mb, tmin(kNp, np - q), at, wide + q * kWideStride, kWideStride, blocks,
-                                        sums + q * 16);
+                                        {blocks, 0}, sums + q * 16);
           add_block(total + i * kTileCols, sums, mb, np, block_scale(w, panel, blk), w.stride / 4, blk == 0);
         }
       }
@@ -374,10 +401,10 @@ void widened_product(const Panels& w, int64_t p0, int64_t p1, const Act& a, int6
 // Panels [p0, p1) by `m` rows on vector registers. `multiple` 2 keeps pairs of panels (gate, up) in
 // one tile; p0 and p1 are then even.
 template <class Isa, Format F>
-void vector_product(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64_t m, int multiple,
-                    const Sink& sink) {
+void vector_product(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next, const Act& a, int64_t m,
+                    int multiple, const Sink& sink) {
   if constexpr (F == Format::FP8) {
-    if (m > kWidenRows) return widened_product<Isa>(w, p0, p1, a, m, sink);
+    if (m > kWidenRows) return widened_product<Isa>(w, p0, p1, next, a, m, sink);
   }
   alignas(64) float c[12 * kTileCols];
   // Panels a register tile: as many as still hold all rows, else two (one where registers are few).
@@ -397,8 +424,9 @@ void vector_product(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64
       for (int q = 0; q < np;) {
         int use = tmin(reg, np - q);
         if (use == 3) use = 2;
-        tile_product<Isa, F>(w, panel + q * w.stride, use, a.from(i), mb, c + q * 16);
+        const uint8_t* at = panel + q * w.stride;
         q += use;
+        tile_product<Isa, F>(w, at, use, p + q < p1 ? at + use * w.stride : next, a.from(i), mb, c + (q - use) * 16);
       }
       sink(i, mb, p, np, c);
     }
@@ -406,34 +434,76 @@ void vector_product(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64
 }
 
 template <class Isa, Format F>
-void product(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64_t m, int multiple, const Sink& sink) {
+void product(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next, const Act& a, int64_t m, int multiple,
+             const Sink& sink) {
   if constexpr (Isa::kTiles && F != Format::F32)
-    Isa::template tile_product<F>(w, p0, p1, a, m, multiple, sink);
+    Isa::template tile_product<F>(w, p0, p1, next, a, m, multiple, sink);
   else
-    vector_product<Isa, F>(w, p0, p1, a, m, multiple, sink);
+    vector_product<Isa, F>(w, p0, p1, next, a, m, multiple, sink);
 }
 
+// Panels [p0, p1) by `m` rows. The panels at `next`, in most cases those behind p1, are read next.
 template <class Isa>
-void gemm(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64_t m, int multiple, const Sink& sink) {
+void gemm(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next, const Act& a, int64_t m, int multiple,
+          const Sink& sink) {
   if (p0 >= p1 || m <= 0) return;
   switch (w.format) {
-    case Format::F32: return product<Isa, Format::F32>(w, p0, p1, a, m, multiple, sink);
-    case Format::BF16: return product<Isa, Format::BF16>(w, p0, p1, a, m, multiple, sink);
-    case Format::INT8: return product<Isa, Format::INT8>(w, p0, p1, a, m, multiple, sink);
-    case Format::FP8: return product<Isa, Format::FP8>(w, p0, p1, a, m, multiple, sink);
-    case Format::INT8_WIDE: return product<Isa, Format::INT8_WIDE>(w, p0, p1, a, m, multiple, sink);
+    case Format::F32: return product<Isa, Format::F32>(w, p0, p1, next, a, m, multiple, sink);
+    case Format::BF16: return product<Isa, Format::BF16>(w, p0, p1, next, a, m, multiple, sink);
+    case Format::INT8: return product<Isa, Format::INT8>(w, p0, p1, next, a, m, multiple, sink);
+    case Format::FP8: return product<Isa, Format::FP8>(w, p0, p1, next, a, m, multiple, sink);
+    case Format::INT8_WIDE: return product<Isa, Format::INT8_WIDE>(w, p0, p1, next, a, m, multiple, sink);
   }
 }
+template <class Isa>
+void gemm(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64_t m, const Sink& sink) {
+  gemm<Isa>(w, p0, p1, w.base + p1 * w.stride, a, m, 1, sink);
+}
 
-// The contiguous share of `n` units that thread t of nt owns. The remainder begins at thread `turn`
-// (mod nt), so that over many matrices no thread carries it always.
-struct Range {
-  int64_t begin, end;
+constexpr int64_t kPanelsAtOnce = 4;
+
+// Panels of a matrix as units that threads share out: as many panels a unit as stay together.
+struct Units {
+  int64_t panels, each;
+  Units(const Layout& l, int64_t rows, int multiple)
+      : panels(l.panels()), each(rows > kPanelRows && multiple == 1 ? 2 : multiple) {}
+  int64_t count() const { return ceil_div(panels, each); }
+  int64_t most() const { return kPanelsAtOnce / each; }
+  int64_t first(int64_t unit) const { return tmin(panels, unit * each); }
 };
-LC_INLINE Range owned(int64_t n, int tid, int nt, int64_t turn) {
-  const int64_t t = (tid + nt - turn % nt) % nt, base = n / nt, rest = n % nt;
-  const int64_t begin = t * base + tmin(t, rest);
-  return {begin, begin + base + (t < rest ? 1 : 0)};
+
+// Rows whose activations stay in the second-level cache while panels pass over them.
+LC_INLINE int64_t cached_rows(const Act& a) {
+  return tmin<int64_t>(256, tmax<int64_t>(32, (int64_t{1} << 19) / a.group_stride * 16));
+}
+
+// A whole matrix by `m` rows, shared out among the threads; no barrier before or behind. By panels or,
+// where the activations are too many for the cache, by blocks of rows for all panels of one thread.
+template <class Isa>
+void shared_gemm(const Ctx& ctx, const Weight& weight, const Act& a, int64_t m, int multiple, int64_t turn,
+                 const Sink& sink) {
+  const Units u(weight.layout, m, multiple);
+  const Panels w = panels_of(weight, 0);
+  const auto range = [&](int t) { return owned(u.count(), t, ctx.nt, turn); };
+  const int64_t block = cached_rows(a);
+  if (m <= block) {
+    each_share(
+        ctx, 1, u.most(), [&](int64_t, int t) { return range(t); },
+        [&](int, int64_t, int64_t begin, int64_t end) {
+          const int64_t p0 = u.first(begin), p1 = u.first(end);
+          gemm<Isa>(w, p0, p1, w.base + p1 * w.stride, a, m, multiple, sink);
+        });
+    return;
+  }
+  each_share(
+      ctx, ceil_div(m, block), 1, [](int64_t, int) { return Range{0, 1}; },
+      [&](int of, int64_t list, int64_t, int64_t) {
+        const Range r = range(of);
+        const int64_t i0 = list * block;
+        auto shifted = [&](int64_t m0, int n, int64_t panel, int np, float* c) { sink(i0 + m0, n, panel, np, c); };
+        gemm<Isa>(w, u.first(r.begin), u.first(r.end), w.base + u.first(r.begin) * w.stride, a.from(i0),
+                  tmin(block, m - i0), multiple, sink_of(shifted));
+      });
 }
 
 }  // namespace

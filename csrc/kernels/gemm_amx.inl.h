@@ -22,7 +22,8 @@ LC_INLINE void prefetch_tile(const uint8_t* p) {
 
 // Up to 16 rows: one activation tile, four panels in flight.
 template <Format F>
-void tile_few_rows(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64_t m, const Sink& sink) {
+void tile_few_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next, const Act& a, int64_t m,
+                   const Sink& sink) {
   alignas(64) float c[16 * kTileCols];
   alignas(64) float sums[16 * kTileCols];
   alignas(64) uint8_t wide[byte_coded(F) ? 4 * kWideStride : 64];
@@ -35,7 +36,7 @@ void tile_few_rows(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64_
   for (int64_t p = p0; p < p1; p += 4) {
     const int np = static_cast<int>(tmin<int64_t>(4, p1 - p));
     const uint8_t* panel = w.base + p * w.stride;
-    const int64_t turn = tiles - kPrefetchBytes / kTileBytes;
+    const uint8_t* then = p + np < p1 ? panel + np * w.stride : next;
     const auto zero = [] {
       _tile_zero(0);
       _tile_zero(1);
@@ -71,7 +72,8 @@ void tile_few_rows(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64_
     if constexpr (byte_coded(F)) {
       for (int64_t t = 0; t < tiles; t += kChunk) {
         const int64_t n = tmin(kChunk, tiles - t);
-        widen_panels<Amx, F>(w, panel, np, t * 8, n * 8, wide, kWideStride);
+        widen_panels<Amx, F>(w, panel, np, t * 8, n * 8, ahead_of(panel, w.stride, w.lines, 64, then), wide,
+                             kWideStride);
         tile_fence();
         for (int64_t j = 0; j < n; ++j)
           step(a.base + (t + j) * a.block_stride, wide + j * kTileBytes, kWideStride);
@@ -83,9 +85,10 @@ void tile_few_rows(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64_
       }
       if constexpr (F != Format::FP8) store(c);
     } else {
+      const Ahead fetch = ahead_of(panel, w.stride, w.lines, kTileBytes, then);
       for (int64_t t = 0; t < tiles; ++t) {
         const uint8_t* b = panel + t * kTileBytes;
-        const int64_t ahead = kPrefetchBytes + (t < turn ? 0 : 3 * w.stride);
+        const int64_t ahead = kPrefetchBytes + (t < fetch.turn ? 0 : fetch.jump);
         for (int q = 0; q < np; ++q) prefetch_tile(b + q * w.stride + ahead);
         step(a.base + t * a.block_stride, b, w.stride);
       }
@@ -99,11 +102,13 @@ void tile_few_rows(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64_
 // Many rows: 32 rows by 2 panels a time, K in chunks whose weights stay in the first-level cache while
 // all rows of a block pass over them.
 template <Format F>
-void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64_t m, const Sink& sink) {
+void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next, const Act& a, int64_t m,
+                    const Sink& sink) {
   constexpr int64_t kRows = 256;
   constexpr int64_t kTileBytes = 1024, kStride = kTileCols * 4;
   constexpr int64_t kChunk = byte_coded(F) ? kFp8Block / 32 : 16;
   constexpr int64_t kAhead = 4;  // tiles of activations that are fetched before they are used
+  constexpr int64_t kLines = byte_coded(F) ? 8 : 16;  // lines of weights in memory for a tile
   alignas(64) float total[kRows * kTileCols];
   alignas(64) float sums[32 * kTileCols];
   alignas(64) uint8_t wide[byte_coded(F) ? 2 * kWideStride : 64];
@@ -114,12 +119,16 @@ void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64
     for (int64_t p = p0; p < p1; p += 2) {
       const int np = static_cast<int>(tmin<int64_t>(2, p1 - p));
       const uint8_t* panel = w.base + p * w.stride;
+      const uint8_t* then = p + np < p1 ? panel + np * w.stride : next;
       for (int64_t t = 0; t < tiles; t += kChunk) {
         const int64_t n = tmin(kChunk, tiles - t);
         const uint8_t* b = panel + t * kTileBytes;
         int64_t b_stride = w.stride;
+        // The weights of the next chunk, a few lines at each step of this one.
+        const uint8_t* fetch = t + n < tiles ? panel + (t + n) * kLines * 64 : then;
+        const int64_t lines = ceil_div(kLines, ceil_div(mi, 32));
         if constexpr (byte_coded(F)) {
-          widen_panels<Amx, F>(w, panel, np, t * 8, n * 8, wide, kWideStride);
+          widen_panels<Amx, F>(w, panel, np, t * 8, n * 8, {w.lines, 0}, wide, kWideStride);
           b = wide;
           b_stride = kWideStride;
         }
@@ -144,9 +153,14 @@ void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64
             for (int64_t j = 0; j < n; ++j) {
               // Behind the chunk follows the same chunk of the next 32 rows.
               const int64_t k = j + kAhead;
-              const uint8_t* next = a0 + (k < n ? k * kTileBytes : 2 * a.group_stride + (k - n) * kTileBytes);
-              prefetch_tile(next);
-              prefetch_tile(next + a.group_stride);
+              const uint8_t* soon = a0 + (k < n ? k * kTileBytes : 2 * a.group_stride + (k - n) * kTileBytes);
+              prefetch_tile(soon);
+              prefetch_tile(soon + a.group_stride);
+              for (int64_t l = 0; l < lines; ++l) {
+                vprefetch(fetch + l * 64);
+                vprefetch(fetch + w.stride + l * 64);
+              }
+              fetch += lines * 64;
               _tile_loadd(4, a0 + j * kTileBytes, 64);
               _tile_loadd(6, b + j * kTileBytes, 64);
               LC_DOT(0, 4, 6);
@@ -158,6 +172,9 @@ void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64
             }
           } else {
             for (int64_t j = 0; j < n; ++j) {
+              for (int64_t l = 0; l < lines; ++l)
+                for (int q = 0; q < np; ++q) vprefetch(fetch + q * w.stride + l * 64);
+              fetch += lines * 64;
               _tile_loadd(4, a0 + j * kTileBytes, 64);
               _tile_loadd(6, b + j * kTileBytes, 64);
               LC_DOT(0, 4, 6);
@@ -207,14 +224,14 @@ int64_t Amx::peak_round(int64_t iters) {
 }
 
 template <Format F>
-void Amx::tile_product(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64_t m, int multiple,
-                       const Sink& sink) {
+void Amx::tile_product(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next, const Act& a, int64_t m,
+                       int multiple, const Sink& sink) {
   if (m <= kVectorRows<F>)
-    vector_product<Amx, F>(w, p0, p1, a, m, multiple, sink);
+    vector_product<Amx, F>(w, p0, p1, next, a, m, multiple, sink);
   else if (m <= 16)
-    tile_few_rows<F>(w, p0, p1, a, m, sink);
+    tile_few_rows<F>(w, p0, p1, next, a, m, sink);
   else
-    tile_many_rows<F>(w, p0, p1, a, m, sink);
+    tile_many_rows<F>(w, p0, p1, next, a, m, sink);
 }
 
 }  // namespace

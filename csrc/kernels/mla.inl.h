@@ -59,7 +59,7 @@ void mla_input(const Ctx& ctx, const void* p) {
   MlaInputPlan<Isa> plan(b, a, ctx.nt);
   const MlaShape& s = a.shape;
 
-  // Both projections of x, as one list of panels.
+  // Both projections of x. Where the first leaves threads with a panel less, the second begins.
   const Weight& wq = plan.first_q(a);
   const Act xq = plan.x_q.fill(ctx, a.x, a.hidden);
   const Act xkv = a.kv_a.layout.format == wq.layout.format ? xq : plan.x_kv.fill(ctx, a.x, a.hidden);
@@ -70,10 +70,8 @@ void mla_input(const Ctx& ctx, const void* p) {
   auto store_kv = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
     store_tile_f32(plan.kv, plan.kv_rank, plan.kv_rank, m0, m, panel, np, c);
   };
-  const int64_t pq = wq.layout.panels(), pkv = a.kv_a.layout.panels();
-  const Range r = owned(pq + pkv, ctx.tid, ctx.nt, 0);
-  gemm<Isa>(panels_of(wq, 0), r.begin, tmin(r.end, pq), xq, a.n, 1, sink_of(store_q));
-  gemm<Isa>(panels_of(a.kv_a, 0), tmax(r.begin, pq) - pq, r.end - pq, xkv, a.n, 1, sink_of(store_kv));
+  shared_gemm<Isa>(ctx, a.kv_a, xkv, a.n, 1, 0, sink_of(store_kv));
+  shared_gemm<Isa>(ctx, wq, xq, a.n, 1, a.kv_a.layout.panels(), sink_of(store_q));
   ctx.barrier();
 
   // Norms. The last threads take the latents, so that the first are free for the queries.
@@ -91,8 +89,7 @@ void mla_input(const Ctx& ctx, const void* p) {
     auto store = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
       store_tile_f32(plan.q, plan.q_dim, plan.q_dim, m0, m, panel, np, c);
     };
-    const Range rq = owned(a.q_b.layout.panels(), ctx.tid, ctx.nt, 1);
-    gemm<Isa>(panels_of(a.q_b, 0), rq.begin, rq.end, qn, a.n, 1, sink_of(store));
+    shared_gemm<Isa>(ctx, a.q_b, qn, a.n, 1, 1, sink_of(store));
     ctx.barrier();
   }
 
@@ -125,7 +122,7 @@ void mla_input(const Ctx& ctx, const void* p) {
     auto store = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
       store_tile_bf16(a.q_latent + h * a.cache.dim, s.heads * a.cache.dim, s.latent, m0, m, panel, np, c);
     };
-    gemm<Isa>(w, p0, p1, qh, a.absorbed, 1, sink_of(store));
+    gemm<Isa>(w, p0, p1, qh, a.absorbed, sink_of(store));
   });
 }
 
@@ -201,7 +198,7 @@ void attend_tile(const Act& q, int64_t rows, const KvTile& kv, int64_t tokens, f
       for (int j = 0; j < np; ++j)
         vstore(mem.scores + (m0 + i) * kTileTokens + (panel + j) * 16, vload(c + i * kTileCols + j * 16));
   };
-  gemm<Isa>(keys, 0, ceil_div(tokens, 16), q, rows, 1, sink_of(to_scores));
+  gemm<Isa>(keys, 0, ceil_div(tokens, 16), q, rows, sink_of(to_scores));
 
   const Act probs = act_at<Isa>(Format::BF16, mem.probs, rows, kTileTokens);
   const int64_t width = round_up(tokens, 32);
@@ -254,7 +251,7 @@ void attend_tile(const Act& q, int64_t rows, const KvTile& kv, int64_t tokens, f
         vstore(to + j * 16, vfma(vload(to + j * 16), alpha, vload(c + i * kTileCols + j * 16)));
     }
   };
-  gemm<Isa>(values, 0, ceil_div(kv.value_dim, 16), probs, rows, 1, sink_of(add));
+  gemm<Isa>(values, 0, ceil_div(kv.value_dim, 16), probs, rows, sink_of(add));
 }
 
 // acc <- acc merged with part, both unnormalized. The order of merges is that of the context.
@@ -432,7 +429,7 @@ void mla_decode(const Ctx& ctx, const void* p) {
     auto store = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
       store_tile_bf16(a.out + h * a.shape.v, heads * a.shape.v, a.shape.v, m0, m, panel, np, c);
     };
-    gemm<Isa>(panels_of(a.w_vc, h), p0, p1, x, a.n, 1, sink_of(store));
+    gemm<Isa>(panels_of(a.w_vc, h), p0, p1, x, a.n, sink_of(store));
   });
 }
 
@@ -542,7 +539,7 @@ void mla_prefill(const Ctx& ctx, const void* p) {
               }
             }
         };
-        gemm<Isa>(w, p0, p1, latents.from(t), tokens, 1, sink_of(split));
+        gemm<Isa>(w, p0, p1, latents.from(t), tokens, sink_of(split));
         for (int64_t j = 0; j < kTileTokens; ++j) {
           bf16* k = kt + j * plan.key_dim;
           if (j < tokens) {

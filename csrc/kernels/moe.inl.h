@@ -83,8 +83,7 @@ void route(const Ctx& ctx, const void* p) {
   auto store = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
     store_tile_f32(plan.logits, e, e, m0, m, panel, np, c);
   };
-  const Range r = owned(a.w.layout.panels(), ctx.tid, ctx.nt, 0);
-  gemm<Isa>(panels_of(a.w, 0), r.begin, r.end, x, a.n, 1, sink_of(store));
+  shared_gemm<Isa>(ctx, a.w, x, a.n, 1, 0, sink_of(store));
   ctx.barrier();
   float* scores = plan.work + ctx.tid * 2 * e;
   float* choice = scores + e;
@@ -110,9 +109,11 @@ void route(const Ctx& ctx, const void* p) {
 struct Grouping {
   int64_t* first;    // [experts + 1] first grouped row of an expert, a multiple of 16
   int32_t* count;    // [experts] its rows
+  int32_t* active;   // [min(experts, pairs)] experts that have rows
   int32_t* token;    // [rows] token of a grouped row; -1 in the padding
+  int32_t* place;    // [pairs] grouped row of a (token, choice); -1 for an expert that does not exist
   float* weight;     // [rows]
-  int64_t experts, rows;
+  int64_t experts, rows, active_count = 0;
 
   static int64_t capacity(int64_t n, int64_t top_k, int64_t experts) {
     return round_up(n * top_k, 16) + 16 * tmin(n * top_k, experts);
@@ -121,7 +122,9 @@ struct Grouping {
     rows = capacity(a.n, a.top_k, experts);
     first = b.take<int64_t>(experts + 1);
     count = b.take<int32_t>(experts);
+    active = b.take<int32_t>(tmin(experts, a.n * a.top_k));
     token = b.take<int32_t>(rows);
+    place = b.take<int32_t>(a.n * a.top_k);
     weight = b.take<float>(rows);
   }
   void build(const MoeArgs& a) {
@@ -131,13 +134,18 @@ struct Grouping {
     for (int64_t i = 0; i < pairs; ++i)
       if (valid(a.ids[i])) ++count[a.ids[i]];
     first[0] = 0;
-    for (int64_t e = 0; e < experts; ++e) first[e + 1] = first[e] + round_up(count[e], 16);
-    for (int64_t e = 0; e < experts; ++e) count[e] = 0;
+    for (int64_t e = 0; e < experts; ++e) {
+      first[e + 1] = first[e] + round_up(count[e], 16);
+      if (count[e] != 0) active[active_count++] = static_cast<int32_t>(e);
+      count[e] = 0;
+    }
     for (int64_t r = 0; r < first[experts]; ++r) token[r] = -1;
     for (int64_t i = 0; i < pairs; ++i) {
       const int32_t id = a.ids[i];
+      place[i] = -1;
       if (!valid(id)) continue;
       const int64_t r = first[id] + count[id]++;
+      place[i] = static_cast<int32_t>(r);
       token[r] = static_cast<int32_t>(i / a.top_k);
       weight[r] = a.weights[i];
     }
@@ -212,9 +220,21 @@ void moe(const Ctx& ctx, const void* p) {
     act_prepare_row<Isa>(gl.format, x, 0, a.x, hidden);
   } else {
     x = act_at<Isa>(gl.format, plan.x, plan.rows, hidden);
-    const Range r = owned(groups.first[groups.experts], ctx.tid, ctx.nt, 0);
-    for (int64_t i = r.begin; i < r.end; ++i)
-      if (groups.token[i] >= 0) act_prepare_row<Isa>(gl.format, x, i, a.x + groups.token[i] * hidden, hidden);
+    // A token is prepared once and copied to the rows of its other experts.
+    const Range r = owned(a.n, ctx.tid, ctx.nt, 0);
+    for (int64_t i = r.begin; i < r.end; ++i) {
+      int64_t from = -1;
+      for (int64_t j = 0; j < a.top_k; ++j) {
+        const int64_t row = groups.place[i * a.top_k + j];
+        if (row < 0) continue;
+        if (from < 0) {
+          from = row;
+          act_prepare_row<Isa>(gl.format, x, row, a.x + i * hidden, hidden);
+        } else {
+          act_copy_row<Isa>(gl.format, x, from, row, hidden);
+        }
+      }
+    }
     ctx.barrier();
   }
   SharedPlan<Isa>* shared = nullptr;
@@ -226,20 +246,24 @@ void moe(const Ctx& ctx, const void* p) {
     auto gate = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
       store_gated(plan.shared_gated, sl.rows, sl.rows, m0, m, panel, np, c);
     };
-    const Range pairs = owned_pairs(sl, ctx, 0);
-    gemm<Isa>(panels_of(a.shared_gate_up, 0), pairs.begin, pairs.end, sx, a.n, 2, sink_of(gate));
+    shared_gemm<Isa>(ctx, a.shared_gate_up, sx, a.n, 2, 0, sink_of(gate));
   }
-  int64_t turn = 1;
-  for (int64_t e = 0; e < groups.experts; ++e) {
-    if (groups.count[e] == 0) continue;
-    const int64_t row0 = groups.first[e];
+  const Units pairs(gl, a.n, 2);
+  const auto own_pairs = [&](int64_t list, int t) { return owned(pairs.count(), t, ctx.nt, list + 1); };
+  each_share(ctx, groups.active_count, pairs.most(), own_pairs, [&](int of, int64_t list, int64_t begin, int64_t end) {
+    const int64_t e = groups.active[list], row0 = groups.first[e];
     auto gate = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
       store_gated(plan.gated, inter, inter, row0 + m0, m, panel, np, c);
     };
-    const Range pairs = owned_pairs(gl, ctx, turn++);
-    gemm<Isa>(panels_of(a.gate_up, e), pairs.begin, pairs.end, plan.single ? x : x.from(row0), groups.count[e], 2,
-              sink_of(gate));
-  }
+    const Panels w = panels_of(a.gate_up, e);
+    const int64_t p0 = pairs.first(begin), p1 = pairs.first(end);
+    const uint8_t* next = w.base + p1 * w.stride;
+    if (end == own_pairs(list, of).end && list + 1 < groups.active_count) {
+      const Panels then = panels_of(a.gate_up, groups.active[list + 1]);
+      next = then.base + pairs.first(own_pairs(list + 1, of).begin) * then.stride;
+    }
+    gemm<Isa>(w, p0, p1, next, plan.single ? x : x.from(row0), groups.count[e], 2, sink_of(gate));
+  });
   ctx.barrier();
 
   // The gated rows, in the form that `down` multiplies.
@@ -257,44 +281,55 @@ void moe(const Ctx& ctx, const void* p) {
         }
     }
   }
-  const Range cols = owned(dl.panels(), ctx.tid, ctx.nt, 0);
-  if (a.shared) {
-    const Layout& sl = a.shared_down.layout;
-    const Act sh = shared->h.fill(ctx, plan.shared_gated, sl.cols);
-    if (shared->h.own) ctx.barrier();
-    auto first = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
-      store_tile_f32(plan.sum, top, top, m0, m, panel, np, c);
+  Act sh{};
+  if (a.shared) sh = shared->h.fill(ctx, plan.shared_gated, a.shared_down.layout.cols);
+  if (!a.shared || shared->h.own) ctx.barrier();
+  // All experts for a few columns, the shared one first, then those columns as bf16.
+  const Units columns(dl, a.n, 1);
+  const auto own_columns = [&](int64_t, int t) { return owned(columns.count(), t, ctx.nt, 0); };
+  each_share(ctx, 1, 2 * columns.most(), own_columns, [&](int, int64_t, int64_t begin, int64_t end) {
+    const int64_t p0 = columns.first(begin), p1 = columns.first(end);
+    const int64_t c0 = p0 * 16, c1 = tmin(p1 * 16, top);
+    const auto weights = [&](int64_t list) {
+      return list < groups.active_count ? panels_of(a.down, groups.active[list]) : Panels{};
     };
-    gemm<Isa>(panels_of(a.shared_down, 0), cols.begin, cols.end, sh, a.n, 1, sink_of(first));
-  } else {
-    ctx.barrier();
-    const int64_t c0 = cols.begin * 16, c1 = tmin(cols.end * 16, top);
-    for (int64_t i = 0; i < a.n; ++i)
-      for (int64_t c = c0; c < c1; ++c) plan.sum[i * top + c] = 0.0f;
-  }
-  for (int64_t e = 0; e < groups.experts; ++e) {
-    if (groups.count[e] == 0) continue;
-    const int64_t row0 = groups.first[e];
-    auto add = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
-      for (int i = 0; i < m; ++i) {
-        const int64_t row = row0 + m0 + i;
-        const vf w = vset1(groups.weight[row]);
-        for (int q = 0; q < np; ++q) {
-          const int64_t col = (panel + q) * 16;
-          const int n = static_cast<int>(tmin<int64_t>(16, top - col));
-          float* to = plan.sum + groups.token[row] * top + col;
-          vstore_n(to, vfma(w, vload(c + i * kTileCols + q * 16), vload_n(to, n)), n);
-        }
-      }
+    const auto after = [&](const Panels& w, int64_t list) {
+      const Panels then = weights(list);
+      return then.base == nullptr ? w.base + p1 * w.stride : then.base + p0 * then.stride;
     };
-    gemm<Isa>(panels_of(a.down, e), cols.begin, cols.end, h.from(row0), groups.count[e], 1, sink_of(add));
-  }
-  const int64_t c0 = cols.begin * 16, c1 = tmin(cols.end * 16, top);
-  for (int64_t i = 0; i < a.n; ++i)
-    for (int64_t c = c0; c < c1; c += 16) {
-      const int n = static_cast<int>(tmin<int64_t>(16, c1 - c));
-      vstore_bf16_n(a.out + i * top + c, vload_n(plan.sum + i * top + c, n), n);
+    if (a.shared) {
+      auto first = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
+        store_tile_f32(plan.sum, top, top, m0, m, panel, np, c);
+      };
+      const Panels w = panels_of(a.shared_down, 0);
+      gemm<Isa>(w, p0, p1, after(w, 0), sh, a.n, 1, sink_of(first));
+    } else {
+      for (int64_t i = 0; i < a.n; ++i)
+        for (int64_t c = c0; c < c1; ++c) plan.sum[i * top + c] = 0.0f;
     }
+    for (int64_t list = 0; list < groups.active_count; ++list) {
+      const int64_t e = groups.active[list], row0 = groups.first[e];
+      auto add = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
+        for (int i = 0; i < m; ++i) {
+          const int64_t row = row0 + m0 + i;
+          const vf w = vset1(groups.weight[row]);
+          for (int q = 0; q < np; ++q) {
+            const int64_t col = (panel + q) * 16;
+            const int n = static_cast<int>(tmin<int64_t>(16, top - col));
+            float* to = plan.sum + groups.token[row] * top + col;
+            vstore_n(to, vfma(w, vload(c + i * kTileCols + q * 16), vload_n(to, n)), n);
+          }
+        }
+      };
+      const Panels w = weights(list);
+      gemm<Isa>(w, p0, p1, after(w, list + 1), h.from(row0), groups.count[e], 1, sink_of(add));
+    }
+    for (int64_t i = 0; i < a.n; ++i)
+      for (int64_t c = c0; c < c1; c += 16) {
+        const int n = static_cast<int>(tmin<int64_t>(16, c1 - c));
+        vstore_bf16_n(a.out + i * top + c, vload_n(plan.sum + i * top + c, n), n);
+      }
+  });
 }
 
 }  // namespace

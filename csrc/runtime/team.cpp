@@ -117,12 +117,17 @@ struct Team::Impl {
   size_t scratch_bytes = 0;
   Barrier barrier;  // between kernels and at the end of a region
   std::unique_ptr<Profile> profile;
+  std::unique_ptr<Shares> shares = std::make_unique<Shares>(1);
+  struct alignas(64) Phase {
+    uint32_t count = 0;
+  };
+  std::vector<Phase> phases = std::vector<Phase>(1);  // one a thread
   int n = 1;
 
   void region(int tid) {
     Stamps* const stamps = profile == nullptr ? nullptr : &profile->thread(tid);
     if (stamps != nullptr) stamps->note();
-    const Ctx ctx{tid, n, scratch, &barrier, stamps};
+    const Ctx ctx{tid, n, scratch, &barrier, stamps, shares.get(), &phases[static_cast<size_t>(tid)].count};
     // Read once: behind the last barrier the caller may already have set the next region's nodes.
     const Node* const list = nodes;
     const size_t length = count;
@@ -167,6 +172,8 @@ struct Team::Impl {
   void start(int threads) {
     n = threads;
     barrier.reset(threads);
+    shares = std::make_unique<Shares>(threads);
+    phases.assign(static_cast<size_t>(threads), {});
     epoch.store(0);
     stop.store(false);
     const std::vector<int> cpus = physical_cpus();

@@ -29,6 +29,32 @@ class alignas(64) Barrier {
   int n_ = 1;
 };
 
+// How much of each thread's share of the current phase is taken, by itself or by a thread that had
+// finished its own. Every thread opens the same phases in the same order; between two barriers there are
+// fewer than kPhases / 2.
+class Shares {
+ public:
+  static constexpr uint32_t kPhases = 64;
+  struct alignas(64) Share {
+    std::atomic<int64_t> taken{0};
+  };
+  explicit Shares(int threads) : threads_(static_cast<uint32_t>(threads)), all_(new Share[threads_ * kPhases]) {}
+  ~Shares() { delete[] all_; }
+  Shares(const Shares&) = delete;
+  Shares& operator=(const Shares&) = delete;
+  // The shares of this thread's next phase, one a thread, untaken. Its own of a phase far behind is
+  // reset for one far ahead.
+  __attribute__((always_inline)) Share* open(int tid, uint32_t& phase) {
+    const uint32_t ahead = (phase + kPhases / 2) % kPhases;
+    all_[ahead * threads_ + static_cast<uint32_t>(tid)].taken.store(0, std::memory_order_relaxed);
+    return all_ + phase++ % kPhases * threads_;
+  }
+
+ private:
+  uint32_t threads_;
+  Share* all_;
+};
+
 // What a kernel sees of its thread. `scratch` is shared by the team; kernels lay it out themselves,
 // identically in every thread.
 struct Ctx {
@@ -37,6 +63,9 @@ struct Ctx {
   uint8_t* scratch;
   Barrier* barrier_;
   Stamps* stamps_;  // none unless the team is profiled
+  Shares* shares_;
+  uint32_t* phase_;  // of this thread, counted over all kernels
+  __attribute__((always_inline)) Shares::Share* open_phase() const { return shares_->open(tid, *phase_); }
   void barrier() const {
     if (stamps_ != nullptr) stamps_->note();
     if (nt > 1) barrier_->wait();

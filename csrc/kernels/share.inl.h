@@ -1,0 +1,53 @@
+// Who computes what: fixed shares, and the help of threads that have finished theirs.
+#pragma once
+
+#include "kernels/args.h"
+#include "runtime/team.h"
+
+namespace {
+
+// The contiguous share of `n` units that thread t of nt owns. The remainder begins at thread `turn`
+// (mod nt), so that over many matrices no thread carries it always.
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+LC_INLINE Range owned(int64_t n, int tid, int nt, int64_t turn) {
+  const int64_t t = (tid + nt - turn % nt) % nt, base = n / nt, rest = n % nt;
+  const int64_t begin = t * base + tmin(t, rest);
+  return {begin, begin + base + (t < rest ? 1 : 0)};
+}
+
+// Runs fn(owner, list, begin, end) over every unit of every list. Thread t owns share(list, t) of each and
+// takes it front to back, list by list, at most `most` units at a time, fewer towards the end. Then it
+// takes from the few threads whose number differs from its own in one bit, so that a thread that the
+// system held up does not hold up all. Who computes a unit never changes its result.
+template <class Share, class Fn>
+LC_INLINE void each_share(const Ctx& ctx, int64_t lists, int64_t most, const Share& share, const Fn& fn) {
+  Shares::Share* const shares = ctx.open_phase();
+  for (int bit = 0; bit <= ctx.nt; bit = bit == 0 ? 1 : 2 * bit) {
+    const int of = ctx.tid ^ bit;
+    if (of >= ctx.nt) continue;
+    std::atomic<int64_t>& taken = shares[of].taken;
+    int64_t total = 0;
+    for (int64_t list = 0; list < lists; ++list) total += share(list, of).size();
+    int64_t list = 0, before = 0;  // units of the lists before this one
+    int64_t at = taken.load(std::memory_order_relaxed);
+    while (at < total) {
+      Range r = share(list, of);
+      while (at >= before + r.size()) {
+        before += r.size();
+        r = share(++list, of);
+      }
+      const int64_t left = total - at;
+      const int64_t want = left >= 4 * most ? most : tmax<int64_t>(1, left / 4);
+      const int64_t count = tmin(want, before + r.size() - at);
+      if (!taken.compare_exchange_weak(at, at + count, std::memory_order_relaxed)) continue;
+      const int64_t begin = r.begin + at - before;
+      fn(of, list, begin, begin + count);
+      at = taken.load(std::memory_order_relaxed);
+    }
+  }
+}
+
+}  // namespace
