@@ -323,7 +323,8 @@ LC_INLINE const float* block_scale(const Panels& w, const uint8_t* panel, int64_
 // `np` (4, 2 or 1) panels by `m` rows of one register tile, scaled, into c. The panels at `next` are
 // read next.
 template <class Isa, Format F>
-void tile_product(const Panels& w, const uint8_t* panel, int np, const uint8_t* next, const Act& a, int m, float* c) {
+void tile_product(const Panels& w, const uint8_t* panel, int np, const uint8_t* next, const Act& a, int m,
+                  float* c) {
   constexpr int64_t kBlockBytes = block_k(F) / k_per_line(F) * 64;
   const int64_t blocks = w.lines * 64 / kBlockBytes;
   const Ahead fetch = ahead_of(panel, w.stride, w.lines, kBlockBytes, next);
@@ -426,7 +427,8 @@ void vector_product(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next
         if (use == 3) use = 2;
         const uint8_t* at = panel + q * w.stride;
         q += use;
-        tile_product<Isa, F>(w, at, use, p + q < p1 ? at + use * w.stride : next, a.from(i), mb, c + (q - use) * 16);
+        tile_product<Isa, F>(w, at, use, p + q < p1 ? at + use * w.stride : next, a.from(i), mb,
+                             c + (q - use) * 16);
       }
       sink(i, mb, p, np, c);
     }

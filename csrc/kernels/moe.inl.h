@@ -250,20 +250,21 @@ void moe(const Ctx& ctx, const void* p) {
   }
   const Units pairs(gl, a.n, 2);
   const auto own_pairs = [&](int64_t list, int t) { return owned(pairs.count(), t, ctx.nt, list + 1); };
-  each_share(ctx, groups.active_count, pairs.most(), own_pairs, [&](int of, int64_t list, int64_t begin, int64_t end) {
-    const int64_t e = groups.active[list], row0 = groups.first[e];
-    auto gate = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
-      store_gated(plan.gated, inter, inter, row0 + m0, m, panel, np, c);
-    };
-    const Panels w = panels_of(a.gate_up, e);
-    const int64_t p0 = pairs.first(begin), p1 = pairs.first(end);
-    const uint8_t* next = w.base + p1 * w.stride;
-    if (end == own_pairs(list, of).end && list + 1 < groups.active_count) {
-      const Panels then = panels_of(a.gate_up, groups.active[list + 1]);
-      next = then.base + pairs.first(own_pairs(list + 1, of).begin) * then.stride;
-    }
-    gemm<Isa>(w, p0, p1, next, plan.single ? x : x.from(row0), groups.count[e], 2, sink_of(gate));
-  });
+  each_share(ctx, groups.active_count, pairs.most(), own_pairs,
+             [&](int of, int64_t list, int64_t begin, int64_t end) {
+               const int64_t e = groups.active[list], row0 = groups.first[e];
+               auto gate = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
+                 store_gated(plan.gated, inter, inter, row0 + m0, m, panel, np, c);
+               };
+               const Panels w = panels_of(a.gate_up, e);
+               const int64_t p0 = pairs.first(begin), p1 = pairs.first(end);
+               const uint8_t* next = w.base + p1 * w.stride;
+               if (end == own_pairs(list, of).end && list + 1 < groups.active_count) {
+                 const Panels then = panels_of(a.gate_up, groups.active[list + 1]);
+                 next = then.base + pairs.first(own_pairs(list + 1, of).begin) * then.stride;
+               }
+               gemm<Isa>(w, p0, p1, next, plan.single ? x : x.from(row0), groups.count[e], 2, sink_of(gate));
+             });
   ctx.barrier();
 
   // The gated rows, in the form that `down` multiplies.
