@@ -5,10 +5,18 @@ set -euo pipefail
 
 latentcore=$1
 
+# What is run stands above what comes of it, bold on a terminal.
 show() {
-  printf '\n$ latentcore'
-  printf ' %q' "$@"
-  printf '\n\n'
+  local word bold='' plain=''
+  if [ -t 1 ]; then bold=$'\e[1m' plain=$'\e[0m'; fi
+  printf '\n%s$ latentcore' "$bold"
+  for word in "$@"; do
+    case $word in
+      *' '*) printf ' "%s"' "$word" ;;
+      *) printf ' %s' "$word" ;;
+    esac
+  done
+  printf '%s\n\n' "$plain"
   "$latentcore" "$@" </dev/null
 }
 

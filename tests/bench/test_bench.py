@@ -150,7 +150,7 @@ def test_command_on_a_model(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "decode 2 x 30" in shown.out
     assert "mla_prefill" in shown.out
     assert "measuring prefill 40" in shown.err
-    assert main([*arguments, "--threads", "1", "--json", "--tier", "avx2", "--no-graph"]) == 0
+    assert main([*arguments, "--threads", "1", "--json", "--tier", "avx2", "--enforce-eager"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["machine"]["tier"] == "avx2"
     assert found["ceilings"]["read_bandwidth"] == 1e10
@@ -170,7 +170,7 @@ def test_command_on_a_model(folder: Path, capsys: pytest.CaptureFixture[str]) ->
         (["--prefill", "0"], "--prefill: expected at least 1 token, found 0"),
         (["--kernels", "--decode", "1x1"], "--decode measures a model"),
         (["--kernels", "--profile"], "--profile measures a model"),
-        (["--kernels", "--no-graph"], "--no-graph measures a model"),
+        (["--kernels", "--enforce-eager"], "--enforce-eager measures a model"),
         (["--repeats", "0"], "--repeats"),
         (["/nowhere/at/all"], "/nowhere/at/all"),
     ],

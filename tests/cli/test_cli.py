@@ -17,10 +17,15 @@ import pytest
 from latentcore import __version__
 from latentcore.cli import app, session
 from latentcore.engine.async_engine import EngineDeadError
+from latentcore.engine.chat import ChatTemplate, chat_prompt
+from latentcore.engine.request import TokensPrompt
+from latentcore.engine.tokenizer import Tokenizer
+from latentcore.models.hub import DEMO_MODEL
+from latentcore.models.runner import ModelRunner
 
 STATISTICS = re.compile(
     r"^(\d+) prompt tokens, TTFT [\d.]+ m?s, (\d+) tokens, [\d.]+ tokens/s, "
-    r"weights [\d.]+ GB/s = \d+% of this machine's read bandwidth$",
+    r"weights [\d.]+ GB/s = \d+% of this machine's read bandwidth \(but they fit in its caches\)$",
     re.MULTILINE,
 )
 
@@ -109,7 +114,7 @@ def test_sampling_options_reach_the_model(
     assert tokens("--seed", "1", "--temperature", "2") != tokens(
         "--seed", "2", "--temperature", "2"
     )
-    assert tokens("--temperature", "0", "--no-graph") == greedy
+    assert tokens("--temperature", "0", "--enforce-eager") == greedy
     assert len(tokens("--temperature", "0", "--quantization", "w8a8_int8")) == 12
 
 
@@ -176,6 +181,59 @@ def bad(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
+THOUGHT = re.compile(r"^Add 123 and 456[^<]*[^\n]\n\n123 \+ 456 = 579\n$", re.DOTALL)
+QUESTION = ["chat", "--threads", "1", "--temperature", "0", "--prompt", "What is 123 + 456?"]
+
+
+def test_reasoning_is_parted_from_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.main([*QUESTION, "--think"]) == 0
+    shown = capsys.readouterr().out
+    assert THOUGHT.match(shown), shown
+    assert app.main([*QUESTION, "--think", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["text"] == "123 + 456 = 579"
+    assert f"{found['reasoning_content']}\n\n{found['text']}\n" == shown
+    assert app.main([*QUESTION, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["reasoning_content"] is None
+    assert found["text"].endswith("579")
+
+
+def test_reasoning_is_dim_on_a_terminal_and_text_alone_in_a_pipe(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = Tokenizer.load(DEMO_MODEL)
+    assert tokenizer is not None
+    template = ChatTemplate.of(tokenizer)
+    assert template is not None
+    messages = [{"role": "user", "content": "Hi"}]
+    opened = chat_prompt(template, tokenizer, messages, template_kwargs={"thinking": True})
+    closed = chat_prompt(template, tokenizer, messages, template_kwargs={"thinking": False})
+
+    def shown(prompt: TokensPrompt, text: str, size: int) -> str:
+        writer = session.ChatWriter(template, tokenizer, prompt, show=True)
+        for start in range(0, len(text), size):
+            writer.push(text[start : start + size])
+        writer.finish()
+        return capsys.readouterr().out
+
+    for size in (1, 2, 3, 5, 8, 100):
+        assert shown(opened, "a\n\nb\n</think>\n\nc\n\nd", size) == "a\n\nb\n\nc\n\nd\n"
+        assert shown(opened, "</think>c", size) == "c\n"
+        assert shown(opened, "cut off, 1 < 2\n", size) == "cut off, 1 < 2\n"
+        assert shown(closed, "no thought < c", size) == "no thought < c\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    dim, plain = "\x1b[2m", "\x1b[0m"
+    assert shown(opened, "a b</think>c", 100) == f"{dim}a b{plain}\n\nc\n"
+
+
+def test_thinking_needs_a_template_that_knows_it(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["chat", "--model", str(tiny_model), "--prompt", "Hi", "--think"]
+    assert "--think: the chat template of" in bad(arguments, capsys)
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
@@ -200,14 +258,26 @@ def bad(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             "max_model_len",
         ),
         (["generate", "--prompt", "x" * 600, "--model", "MODEL"], "max_model_len is 512"),
+        (
+            ["generate", "--prompt", "x" * 60, "--model", "MODEL", "--max-model-len", "50"],
+            "has 60 tokens, max_model_len is 50",
+        ),
         (["generate", "--prompt", "x", "--model", "MODEL", "--max-tokens", "900"], "at most 511"),
         (["generate", "--prompt", "a\udcff", "--model", "MODEL"], "not valid Unicode"),
         (["chat", "--prompt", " ", "--model", "MODEL"], "--prompt: expected a message"),
+        (["chat", "--prompt", "x" * 600, "--model", "MODEL"], "max_model_len is 512"),
+        (["chat", "--model", "MODEL", "--max-tokens", "900"], "max_tokens can be at most"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
-    arguments: list[str], match: str, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    match: str,
+    tiny_model: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """None of them reads a weight first."""
+    monkeypatch.setattr(ModelRunner, "from_plan", lambda *_: pytest.fail("weights were read"))
     filled = [str(tiny_model) if argument == "MODEL" else argument for argument in arguments]
     assert match in bad(filled, capsys)
 
@@ -224,7 +294,10 @@ def change_config(model: Path, **values: Any) -> None:
 
 
 def test_broken_models_are_one_line(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = broken(tiny_model, tmp_path)
     weights = model / "model.safetensors"
@@ -237,11 +310,16 @@ def test_broken_models_are_one_line(
     change_config(model, model_type="deepseek_v3")
     assert app.main(generate(model, "--prompt", "x")) == 0
     capsys.readouterr()
+    monkeypatch.setattr(ModelRunner, "from_plan", lambda *_: pytest.fail("weights were read"))
+    (model / "chat_template.jinja").rename(model / "kept")
+    assert "no chat template" in bad(["chat", "--model", str(model), "--prompt", "x"], capsys)
     (model / "tokenizer.json").write_text("{")
     assert "not a readable tokenizer" in bad(generate(model, "--prompt", "x"), capsys)
     (model / "tokenizer.json").unlink()
     assert "no tokenizer files" in bad(generate(model, "--prompt", "x"), capsys)
-    assert "no chat template" in bad(["chat", "--model", str(model), "--prompt", "x"], capsys)
+    assert "no tokenizer files" in bad(["chat", "--model", str(model), "--prompt", "x"], capsys)
+    weights.write_bytes(data[:-100])
+    assert "model.safetensors" in bad(generate(model, "--prompt", "x"), capsys)
 
 
 def test_no_terminal_and_no_prompt(tiny_model: Path) -> None:

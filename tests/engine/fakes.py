@@ -96,6 +96,10 @@ class FakeRunner:
             return StepLogits.empty(0, self.vocab_size, torch.device("cpu"))
         return step_logits(torch.from_numpy(np.stack(rows)))
 
+    @property
+    def weight_bytes(self) -> int:
+        return 5000
+
     def weight_bytes_per_token(self, batch: int, /) -> float:
         return 1000.0 / batch
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentcore.cli.options import (
+    EnforceEagerOption,
     JsonOption,
-    NoGraphOption,
     Quantization,
     QuantizationOption,
     ThreadsOption,
@@ -81,7 +81,7 @@ def bench(
     ] = None,
     quantization: QuantizationOption = Quantization.AUTO,
     threads: ThreadsOption = None,
-    no_graph: NoGraphOption = False,
+    enforce_eager: EnforceEagerOption = False,
     json_output: JsonOption = False,
 ) -> None:
     """Measure speed beside what this machine allows.
@@ -94,7 +94,7 @@ def bench(
             ("--decode", decode),
             ("--prefill", prefill),
             ("--profile", profile),
-            ("--no-graph", no_graph),
+            ("--enforce-eager", enforce_eager),
         ):
             if given:
                 raise UserError(f"{name} measures a model; leave it out with --kernels")
@@ -108,7 +108,7 @@ def bench(
     cases = _cases(
         DEFAULT_DECODE if default else decode or (), DEFAULT_PREFILL if default else prefill or ()
     )
-    result = _model(model, cases, repeats, tier, quantization, threads, not no_graph)
+    result = _model(model, cases, repeats, tier, quantization, threads, not enforce_eager)
     if json_output:
         print(json.dumps(model_as_json(result), indent=2))
     else:

@@ -3,17 +3,17 @@
 import json
 import sys
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from latentcore.cli.options import (
+    EnforceEagerOption,
     JsonOption,
     MaxModelLenOption,
     MaxTokensOption,
     ModelOption,
     ModelOptions,
-    NoGraphOption,
     Quantization,
     QuantizationOption,
     SamplingOptions,
@@ -26,6 +26,9 @@ from latentcore.cli.options import (
     check_lengths,
 )
 from latentcore.errors import RequestError, UserError
+
+if TYPE_CHECKING:
+    from latentcore.engine.loading import CheckedModel
 
 _HELP = "/think on|off  let the model reason first;  /new  start over;  /exit  leave"
 
@@ -45,7 +48,7 @@ def chat(
     quantization: QuantizationOption = Quantization.AUTO,
     threads: ThreadsOption = None,
     max_model_len: MaxModelLenOption = None,
-    no_graph: NoGraphOption = False,
+    enforce_eager: EnforceEagerOption = False,
     json_output: JsonOption = False,
     thinking: Annotated[
         bool, typer.Option("--think/--no-think", help="Let the model reason first.")
@@ -53,16 +56,33 @@ def chat(
 ) -> None:
     """Talk to a model. Without a terminal, every line of standard input is a message."""
     check_lengths(max_tokens, max_model_len)
+    if prompt is not None and not prompt.strip():
+        raise UserError("--prompt: expected a message, found nothing")
+    if prompt is None and sys.stdin is None:
+        raise UserError("no message: pass --prompt or pipe lines into standard input")
 
     from latentcore.cli import session
+    from latentcore.engine.chat import chat_prompt
 
     sampling = SamplingOptions(max_tokens, temperature, top_p, top_k, seed, stop)
     session.check_sampling(sampling)
-    options = ModelOptions(model, quantization, threads, max_model_len, not no_graph)
-    with session.open_model(options) as llm:
-        if llm.loaded.chat_template is None:
-            raise UserError(f"{llm.loaded.name} has no chat template; use `latentcore generate`")
-        params = session.sampling_params(llm, sampling)
+    options = ModelOptions(model, quantization, threads, max_model_len, enforce_eager)
+
+    def check(model: "CheckedModel") -> None:
+        tokenizer, template = session.require_tokenizer(model), model.chat_template
+        if template is None:
+            raise UserError(f"{model.name} has no chat template; use `latentcore generate`")
+        if thinking and not session.can_think(template):
+            raise UserError(f"--think: the chat template of {model.name} has no thinking")
+        first = [{"role": "user", "content": prompt or "Hello"}]
+        tokens = chat_prompt(template, tokenizer, first, template_kwargs={"thinking": thinking})
+        model.check_request(tokens, session.sampling_params(model, sampling))
+
+    with session.open_model(options, check) as llm:
+        params = session.sampling_params(llm.loaded, sampling)
+        template, tokenizer = llm.loaded.chat_template, llm.loaded.tokenizer
+        assert template is not None
+        assert tokenizer is not None
         messages: list[dict[str, Any]] = []
         interactive = prompt is None and sys.stdin.isatty()
         if interactive:
@@ -76,14 +96,19 @@ def chat(
                     messages.clear()
                 elif command == "/think" and argument in ("on", "off"):
                     thinking = argument == "on"
+                    if thinking and not session.can_think(template):
+                        session.write_note("this model's chat template has no thinking")
                 else:
                     session.write_note(_HELP)
                 continue
             messages.append({"role": "user", "content": line})
             try:
-                tokens = llm.chat_prompt(messages, chat_template_kwargs={"thinking": thinking})
-                show = None if json_output else session.write_text
-                answer = session.answer(llm, tokens, params, show)
+                tokens = chat_prompt(
+                    template, tokenizer, messages, template_kwargs={"thinking": thinking}
+                )
+                writer = session.ChatWriter(template, tokenizer, tokens, show=not json_output)
+                answer = session.answer(llm, tokens, params, writer.push)
+                writer.finish()
             except RequestError as error:
                 if not interactive:
                     raise
@@ -99,22 +124,21 @@ def chat(
             # The template shows "<think>" to the model; what follows is its own.
             messages.append({"role": "assistant", "content": answer.text})
             if json_output:
-                print(json.dumps({"message": line, **answer.as_json()}, ensure_ascii=False))
-                sys.stdout.flush()
-            else:
-                session.write_text("\n")
+                found = {
+                    "message": line,
+                    "reasoning_content": writer.reasoning or None,
+                    "text": writer.content,
+                    **answer.as_json(),
+                }
+                print(json.dumps(found, ensure_ascii=False), flush=True)
             session.write_note(answer.statistics.line())
 
 
 def _messages(prompt: str | None) -> Iterator[str]:
     """What the user says: --prompt alone, or line after line."""
     if prompt is not None:
-        if not prompt.strip():
-            raise UserError("--prompt: expected a message, found nothing")
         yield prompt
         return
-    if sys.stdin is None:
-        raise UserError("no message: pass --prompt or pipe lines into standard input")
     if not sys.stdin.isatty():
         for line in sys.stdin:
             if line.strip():

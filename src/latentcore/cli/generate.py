@@ -2,17 +2,17 @@
 
 import json
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from latentcore.cli.options import (
+    EnforceEagerOption,
     JsonOption,
     MaxModelLenOption,
     MaxTokensOption,
     ModelOption,
     ModelOptions,
-    NoGraphOption,
     Quantization,
     QuantizationOption,
     SamplingOptions,
@@ -25,6 +25,9 @@ from latentcore.cli.options import (
     check_lengths,
 )
 from latentcore.errors import UserError
+
+if TYPE_CHECKING:
+    from latentcore.engine.loading import CheckedModel
 
 
 def generate(
@@ -42,7 +45,7 @@ def generate(
     quantization: QuantizationOption = Quantization.AUTO,
     threads: ThreadsOption = None,
     max_model_len: MaxModelLenOption = None,
-    no_graph: NoGraphOption = False,
+    enforce_eager: EnforceEagerOption = False,
     json_output: JsonOption = False,
 ) -> None:
     """Continue a text. The text goes to standard output, everything else to standard error."""
@@ -55,13 +58,19 @@ def generate(
 
     sampling = SamplingOptions(max_tokens, temperature, top_p, top_k, seed, stop)
     session.check_sampling(sampling)
-    options = ModelOptions(model, quantization, threads, max_model_len, not no_graph)
-    with session.open_model(options) as llm:
-        params = session.sampling_params(llm, sampling)
+    options = ModelOptions(model, quantization, threads, max_model_len, enforce_eager)
+
+    def check(model: "CheckedModel") -> None:
+        session.require_tokenizer(model)
+        model.check_request(text, session.sampling_params(model, sampling))
+
+    with session.open_model(options, check) as llm:
+        params = session.sampling_params(llm.loaded, sampling)
         show = None if json_output else session.write_text
         answer = session.answer(llm, text, params, show)
         if json_output:
-            print(json.dumps({"prompt": text, **answer.as_json()}, ensure_ascii=False))
+            found = {"prompt": text, "text": answer.text, **answer.as_json()}
+            print(json.dumps(found, ensure_ascii=False))
         else:
             session.write_text("\n")
         session.write_note(answer.statistics.line())

@@ -58,8 +58,8 @@ MaxModelLenOption = Annotated[
     int | None,
     typer.Option("--max-model-len", help="Longest prompt and answer together, in tokens."),
 ]
-NoGraphOption = Annotated[
-    bool, typer.Option("--no-graph", help="Decode without captured graphs; slower.")
+EnforceEagerOption = Annotated[
+    bool, typer.Option("--enforce-eager", help="Decode without captured graphs; slower.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
 
@@ -72,7 +72,7 @@ class ModelOptions:
     quantization: Quantization
     threads: int | None
     max_model_len: int | None
-    use_graph: bool
+    enforce_eager: bool
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from latentcore.cli.options import (
+    EnforceEagerOption,
     MaxModelLenOption,
-    NoGraphOption,
     Quantization,
     QuantizationOption,
     ThreadsOption,
@@ -103,7 +103,7 @@ def serve(
     quantization: QuantizationOption = Quantization.AUTO,
     threads: ThreadsOption = None,
     max_model_len: MaxModelLenOption = None,
-    no_graph: NoGraphOption = False,
+    enforce_eager: EnforceEagerOption = False,
     max_request_bytes: Annotated[
         str, typer.Option("--max-request-bytes", help="Largest body of a request.")
     ] = "16MiB",
@@ -153,7 +153,7 @@ def serve(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_memory=cache_bytes,
-        use_graph=not no_graph,
+        use_graph=not enforce_eager,
         enable_prefix_caching=enable_prefix_caching,
         seed=int.from_bytes(os.urandom(7), "little"),
     )

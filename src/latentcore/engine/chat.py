@@ -18,6 +18,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from latentcore.engine.request import TokensPrompt
 from latentcore.engine.tokenizer import Tokenizer
 from latentcore.errors import CheckpointError, RequestError
 
@@ -109,6 +110,27 @@ class ChatTemplate:
         if with_tools and "tool_use" in self._templates:
             return "tool_use"
         return "default" if "default" in self._templates else next(iter(self._templates))
+
+
+def chat_prompt(
+    template: ChatTemplate | None,
+    tokenizer: Tokenizer | None,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> TokensPrompt:
+    """The prompt of one conversation; RequestError where the model has no chat template."""
+    if template is None or tokenizer is None:
+        raise RequestError("this model has no chat template; use generate")
+    text = template.render(
+        messages,
+        tools=tools,
+        add_generation_prompt=add_generation_prompt,
+        template_kwargs=template_kwargs,
+    )
+    return {"prompt_token_ids": tokenizer.encode(text, add_begin=False)}
 
 
 def normalize_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from latentcore.config import EngineConfig
-from latentcore.engine.chat import Message
+from latentcore.engine.chat import Message, chat_prompt
 from latentcore.engine.loading import LoadedModel, Progress, load_model
 from latentcore.engine.outputs import RequestOutput
 from latentcore.engine.request import Prompt
@@ -174,16 +174,14 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Prompt:
         """The prompt that `chat` reads for one conversation."""
-        template, tokenizer = self.loaded.chat_template, self.loaded.tokenizer
-        if template is None or tokenizer is None:
-            raise RequestError("this model has no chat template; use generate")
-        text = template.render(
+        return chat_prompt(
+            self.loaded.chat_template,
+            self.loaded.tokenizer,
             messages,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
             template_kwargs=chat_template_kwargs,
         )
-        return {"prompt_token_ids": tokenizer.encode(text, add_begin=False)}
 
     def close(self) -> None:
         """Gives memory and threads back. The LLM cannot be used afterwards. Safe to repeat."""

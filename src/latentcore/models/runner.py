@@ -116,7 +116,7 @@ class ModelRunner:
     ) -> None:
         self.config = config
         self.engine_config = engine_config
-        self.weight_bytes = plan.packed_nbytes()
+        self._weight_bytes = plan.packed_nbytes()
         self.weight_bytes_per_token = plan.weight_bytes_per_token
         self.limits = limits
         self._device = weights.embed.device
@@ -200,6 +200,11 @@ class ModelRunner:
         for matrix in self._decoder.weights.matrices():
             found[matrix.format] = found.get(matrix.format, 0) + matrix.nbytes
         return found
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all packed weights."""
+        return self._weight_bytes
 
     def choose_path(self, uncached_tokens: int, context: int) -> Path:
         """The cheaper attention for a prompt; see `choose_path` of this module."""
