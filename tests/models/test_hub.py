@@ -1,15 +1,22 @@
-"""Finding a model by folder, by repository id, or by default; nothing here uses the network."""
+"""Finding a model by folder, by repository id, or by default; nothing here leaves this machine."""
 
+import hashlib
+import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
+import httpx2
 import huggingface_hub
 import pytest
-from checkpoints import tiny_config, write_config
+from checkpoints import random_tensors, tensor_list, tiny_config, write_checkpoint, write_config
 from huggingface_hub import errors
 
 from latentcore.errors import CheckpointError, UserError
@@ -94,8 +101,9 @@ FAILURES: list[tuple[Exception, str]] = [
     (errors.OfflineModeIsEnabled("offline"), "cannot be reached"),
     (errors.HfHubHTTPError("500 bad\nmore", response=_response()), "cannot be fetched: 500 bad"),
     (errors.HFValidationError("bad id"), r"no such model: org/name \(bad id\)"),
-    (OSError(28, "No space left on device"), "No space left on device; the next try goes on"),
+    (OSError(28, "No space left on device"), "No space left on device; try again: the files"),
     (ConnectionResetError("reset"), "cannot be fetched: reset"),
+    (httpx2.RemoteProtocolError("cut off"), "cannot be fetched: cut off; try again: the files"),
 ]
 
 
@@ -152,3 +160,171 @@ def test_no_name_is_the_demo_model(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         resolve_model(None)
     write_config(tmp_path, tiny_config())
     assert resolve_model(None) == tmp_path
+
+
+# ---------------------------------------------------------------------------------------------
+# The real client against a repository on this machine
+
+LARGE = "model.safetensors"
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Repository(ThreadingHTTPServer):
+    """One repository, as huggingface.co serves it. `requests` holds (path, Range header)."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        super().__init__(("127.0.0.1", 0), _RepositoryHandler)
+        self.files = files
+        self.requests: list[tuple[str, str | None]] = []
+        self.cut_after: int | None = None
+        """Bytes of a large file to send before the connection breaks."""
+        self.stays_broken = False
+        """Whether no connection succeeds after that."""
+        self.broken = False
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _RepositoryHandler(BaseHTTPRequestHandler):
+    server: Repository
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def _answer(self, *, with_body: bool) -> None:
+        if self.server.broken:
+            self.close_connection = True
+            return
+        files = self.server.files
+        if self.path.startswith("/api/models/org/name/tree/"):
+            tree = [
+                {"type": "file", "path": name, "size": len(data), "oid": f"{len(data):040x}"}
+                for name, data in files.items()
+            ]
+            self._send(200, json.dumps(tree).encode(), {}, with_body)
+            return
+        if self.path.startswith("/api/models/org/name"):
+            siblings = [{"rfilename": name} for name in files]
+            body = json.dumps({"id": "org/name", "sha": REVISION, "siblings": siblings}).encode()
+            self._send(200, body, {"Content-Type": "application/json"}, with_body)
+            return
+        prefix = f"/org/name/resolve/{REVISION}/"
+        data = files.get(self.path.removeprefix(prefix)) if self.path.startswith(prefix) else None
+        if data is None:
+            self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"}, with_body)
+            return
+        wanted = self.headers.get("Range")
+        if with_body:
+            self.server.requests.append((self.path.removeprefix(prefix), wanted))
+        etag = hashlib.sha256(data).hexdigest()
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": REVISION, "Accept-Ranges": "bytes"}
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        self._send(206 if start else 200, data[start:], headers, with_body)
+
+    def _send(self, code: int, body: bytes, headers: dict[str, str], with_body: bool) -> None:
+        self.send_response(code)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if not with_body:
+            return
+        cut = self.server.cut_after
+        if cut is not None and len(body) > cut:
+            self.wfile.write(body[:cut])
+            self.close_connection = True
+            self.server.cut_after, self.server.broken = None, self.server.stays_broken
+            return
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Iterator[Repository]:
+    """Serves a small checkpoint with a shard of 27 MB, and code that must not be fetched."""
+    config = tiny_config(hidden_size=512, vocab_size=12000)
+    folder = write_checkpoint(
+        tmp_path / "served", config, random_tensors(tensor_list(config, "bf16"))
+    )
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert len(files[LARGE]) > 25_000_000
+    server = Repository({**files, "modeling_deepseek.py": b"raise SystemExit"})
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def fetch(repository: Repository, home: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """`latentcore quantize org/name`, the lightest command that wants a whole repository."""
+    env = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
+    env |= {"HF_ENDPOINT": repository.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **more}
+    arguments = ["quantize", "org/name", str(home / "out"), "--to", "fp8"]
+    return subprocess.run(
+        [sys.executable, "-m", "latentcore", *arguments],
+        env=env,
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def requested(repository: Repository, name: str) -> list[str | None]:
+    """The Range headers with which a file was asked for, and forgets all requests."""
+    ranges = [wanted for path, wanted in repository.requests if path == name]
+    repository.requests.clear()
+    return ranges
+
+
+def test_a_connection_that_breaks_is_taken_up_where_it_broke(
+    repository: Repository, tmp_path: Path
+) -> None:
+    repository.cut_after = 22_000_000
+    done = fetch(repository, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Fetching 2 files: 100%" in done.stderr
+    assert "modeling_deepseek.py" not in {path for path, _ in repository.requests}
+    first, *later = requested(repository, LARGE)
+    assert first is None
+    assert later == ["bytes=20971520-"]  # the last whole piece of the client's 10 MiB
+
+    shutil.rmtree(tmp_path / "out")
+    again = fetch(repository, tmp_path, HF_HUB_OFFLINE="1")
+    assert again.returncode == 0, again.stderr
+    assert repository.requests == []
+
+
+@pytest.mark.slow  # the client tries five times, a second apart
+def test_files_that_are_complete_are_kept_when_a_download_fails(
+    repository: Repository, tmp_path: Path
+) -> None:
+    repository.cut_after, repository.stays_broken = 22_000_000, True
+    first = fetch(repository, tmp_path)
+    assert first.returncode == 2, first.stderr
+    (said,) = (line for line in first.stderr.splitlines() if line.startswith("error: "))
+    assert said.startswith("error: org/name: cannot be fetched: ")
+    assert said.endswith("the files that are complete are kept")
+    assert "Traceback" not in first.stderr
+    (snapshot,) = (tmp_path / "hub" / "models--org--name" / "snapshots").iterdir()
+    kept = {path.name for path in snapshot.iterdir()}
+    assert kept == {"config.json"}
+
+    repository.cut_after, repository.broken = None, False
+    repository.requests.clear()
+    second = fetch(repository, tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert kept.isdisjoint(path for path, _ in repository.requests)
+    assert requested(repository, LARGE) == [None]

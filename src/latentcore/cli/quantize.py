@@ -52,10 +52,13 @@ def quantize(
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
-    with bar:
-        task = bar.add_task(f"writing {to}", total=None)
+    task = bar.add_task(f"writing {to}", total=None)
 
-        def progress(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
+    def progress(done: int, total: int) -> None:
+        bar.start()  # not before everything has been checked
+        bar.update(task, completed=done, total=total)
 
+    try:
         quantize_checkpoint(folder, destination, to.value, progress)
+    finally:
+        bar.stop()

@@ -27,8 +27,9 @@ _UNWANTED = ("*/*",)
 def resolve_model(name: str | Path | None) -> Path:
     """The folder of model `name`: a folder, a Hugging Face repository id, or None for the demo.
 
-    A repository is fetched into the ordinary Hugging Face cache, with progress on stderr; files
-    that are there already are kept, and a download that was cut off goes on where it stopped.
+    A repository is fetched into the ordinary Hugging Face cache, with progress on stderr. A
+    connection that breaks is taken up again where it broke; where that fails, the files that are
+    complete stay, and the next call fetches the others.
     Raises CheckpointError when there is no such model or it cannot be fetched.
     """
     if name is None:
@@ -80,10 +81,10 @@ def _fetch(repo_id: str) -> Path:
         ) from None
     except (errors.HfHubHTTPError, errors.FileMetadataError, errors.XetDownloadError) as error:
         raise CheckpointError(f"{repo_id}: cannot be fetched: {_first_line(error)}") from None
-    except OSError as error:
+    except Exception as error:  # whatever its HTTP library raises when a connection breaks
         raise CheckpointError(
-            f"{repo_id}: cannot be fetched: {_first_line(error)}; the next try goes on where this "
-            f"one stopped"
+            f"{repo_id}: cannot be fetched: {_first_line(error)}; try again: the files that are "
+            f"complete are kept"
         ) from None
     return Path(folder)
 
