@@ -282,7 +282,7 @@ def timed(owner: Any, name: str) -> Iterator[list[float]]:
 
 
 def prefix_seconds(runner: ModelRunner, load: Load, prefix: int, repeats: int) -> float:
-    """What attending to the prefix adds to a forward pass over the new tokens, absorbed."""
+    """What attending to the prefix adds to a forward pass over the new tokens."""
     blocks = list(range(2 * -(-(prefix + NEW_TOKENS) // runner.block_size)))
     held, fresh = blocks[: len(blocks) // 2], blocks[len(blocks) // 2 :]
     ids = load.prompt(prefix)
@@ -291,7 +291,8 @@ def prefix_seconds(runner: ModelRunner, load: Load, prefix: int, repeats: int) -
         runner.forward([SequenceChunk(part, at, held, "prefill", "none")])
 
     def seconds(start: int, table: list[int]) -> float:
-        chunk = SequenceChunk(load.prompt(NEW_TOKENS), start, table, "decode", "last")
+        path = runner.choose_path(NEW_TOKENS, start + NEW_TOKENS)
+        chunk = SequenceChunk(load.prompt(NEW_TOKENS), start, table, path, "last")
         begin = time.perf_counter()
         runner.forward([chunk])
         return time.perf_counter() - begin

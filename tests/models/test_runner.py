@@ -213,3 +213,20 @@ def test_no_graph_is_kept_where_none_is_wanted(
     runner.forward([decode(0)])
     assert not replays
     runner.close()
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_the_path_follows_the_cost_of_expanding(fmt: str, folders: dict[str, Path]) -> None:
+    """A prompt by itself is read un-absorbed, a few tokens behind a long prefix absorbed; the place
+    where that changes comes twice as soon with int8 weights, whose products cost half."""
+    runner = load(folders[fmt], use_graph=False)
+    context = 10**6
+    assert runner.choose_path(200, 200) == "prefill"
+    assert runner.choose_path(1, context) == "decode"
+    least = next(n for n in range(1, 10**4) if runner.choose_path(n, context) == "prefill")
+    c = runner.config
+    expand = (c.qk_nope_head_dim + c.v_head_dim) * c.kv_lora_rank
+    saved = 2 * c.kv_lora_rank + c.qk_rope_head_dim - c.qk_head_dim - c.v_head_dim
+    expected = expand * (0.5 if fmt == "int8" else 1.0) / saved
+    assert least == pytest.approx(expected, abs=1.5)
+    runner.close()

@@ -39,20 +39,27 @@ def cache_bytes_per_token(config: ModelConfig) -> int:
     return config.num_hidden_layers * latent_row(config) * 2
 
 
-def choose_path(config: ModelConfig, uncached_tokens: int, context: int) -> Path:
+def choose_path(config: ModelConfig, expansion: float, uncached_tokens: int, context: int) -> Path:
     """The cheaper attention for a prompt of `context` tokens of which `uncached_tokens` are new.
 
     Un-absorbing a token's keys and values costs (nope + v) x kv_lora_rank multiplications a head,
-    once for each token of the context; absorbing a query costs as much for each new token. A pair
-    of tokens then costs nope + rope + v, or 2 x kv_lora_rank + rope.
+    once for each token of the context, each `expansion` as dear as a bf16 one; absorbing a query
+    costs as many for each new token, in bf16. A pair of tokens then costs nope + rope + v, or
+    2 x kv_lora_rank + rope.
     """
     expand = (config.qk_nope_head_dim + config.v_head_dim) * config.kv_lora_rank
     pairs = uncached_tokens * (context - (uncached_tokens - 1) / 2)
-    unabsorbed = context * expand + pairs * (config.qk_head_dim + config.v_head_dim)
+    unabsorbed = context * expand * expansion + pairs * (config.qk_head_dim + config.v_head_dim)
     absorbed = uncached_tokens * expand + pairs * (
         2 * config.kv_lora_rank + config.qk_rope_head_dim
     )
     return "prefill" if unabsorbed <= absorbed else "decode"
+
+
+def expansion_cost(weights: ModelWeights) -> float:
+    """What a multiplication by `kv_b_proj` costs beside a bf16 one: half with int8 weights."""
+    costs = [0.5 if layer.attention.kv_b.format is Format.INT8 else 1.0 for layer in weights.layers]
+    return sum(costs) / len(costs)
 
 
 def plan_limits(config: ModelConfig, engine: EngineConfig, free: int) -> Limits:
@@ -120,6 +127,7 @@ class ModelRunner:
         self.weight_bytes_per_token = plan.weight_bytes_per_token
         self.limits = limits
         self._device = weights.embed.device
+        self._expansion = expansion_cost(weights)
         self._decoder = DeepseekDecoder(config, weights, self.limits, self._device)
         self._logits, self._gathered = self._new_room(engine_config.max_num_seqs)
         # Meta buffers take no values: what would be loaded into them goes elsewhere.
@@ -208,7 +216,7 @@ class ModelRunner:
 
     def choose_path(self, uncached_tokens: int, context: int) -> Path:
         """The cheaper attention for a prompt; see `choose_path` of this module."""
-        return choose_path(self.config, uncached_tokens, context)
+        return choose_path(self.config, self._expansion, uncached_tokens, context)
 
     def forward(self, chunks: Sequence[SequenceChunk]) -> StepLogits:
         """Computes the chunks in one pass: logits of the rows wanted, in the chunks' order.
