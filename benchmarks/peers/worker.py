@@ -62,7 +62,7 @@ class Latentcore(Engine):
 
         params = self.params(temperature=0.0, max_tokens=tokens, ignore_eos=True)
         start = time.perf_counter()
-        self.llm.generate(prompts, params, on_output=note)
+        self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, on_output=note)
         end = time.perf_counter()
         assert len(first) == len(prompts)
         return max(first.values()) - start, end - start
