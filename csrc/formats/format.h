@@ -17,6 +17,7 @@ enum class Format : int32_t { F32 = 1, BF16 = 2, INT8 = 3, FP8 = 4, INT8_WIDE = 
 constexpr int kPanelRows = 16;
 constexpr int kFp8Block = 128;
 constexpr int64_t kHeaderBytes = 256;
+// Raised with every change of the bytes: packs on disk are found by it.
 constexpr uint32_t kPackVersion = 1;
 constexpr char kPackMagic[8] = {'L', 'C', 'P', 'A', 'C', 'K', 'E', 'D'};
 
@@ -75,7 +76,6 @@ struct Header {
   uint32_t version;
   int32_t format;
   int64_t batch, parts, rows, cols;
-  uint64_t checksum;  // of everything behind the header; written when a pack is stored on disk
 };
 static_assert(sizeof(Header) <= static_cast<size_t>(kHeaderBytes));
 

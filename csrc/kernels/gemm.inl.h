@@ -481,12 +481,12 @@ LC_INLINE int64_t cached_rows(const Act& a) {
 
 // A whole matrix by `m` rows, shared out among the threads; no barrier before or behind. By panels or,
 // where the activations are too many for the cache, by blocks of rows for all panels of one thread.
-template <class Isa>
-void shared_gemm(const Ctx& ctx, const Weight& weight, const Act& a, int64_t m, int multiple, int64_t turn,
-                 const Sink& sink) {
+// Thread t owns range(t) of its units.
+template <class Isa, class Own>
+void shared_gemm_by(const Ctx& ctx, const Weight& weight, const Act& a, int64_t m, int multiple, const Own& range,
+                    const Sink& sink) {
   const Units u(weight.layout, m, multiple);
   const Panels w = panels_of(weight, 0);
-  const auto range = [&](int t) { return owned(u.count(), t, ctx.nt, turn); };
   const int64_t block = cached_rows(a);
   if (m <= block) {
     each_share(
@@ -506,6 +506,14 @@ void shared_gemm(const Ctx& ctx, const Weight& weight, const Act& a, int64_t m, 
         gemm<Isa>(w, u.first(r.begin), u.first(r.end), w.base + u.first(r.begin) * w.stride, a.from(i0),
                   tmin(block, m - i0), multiple, sink_of(shifted));
       });
+}
+
+template <class Isa>
+void shared_gemm(const Ctx& ctx, const Weight& weight, const Act& a, int64_t m, int multiple, int64_t turn,
+                 const Sink& sink) {
+  const int64_t count = Units(weight.layout, m, multiple).count();
+  const auto range = [&](int t) { return owned(count, t, ctx.nt, turn); };
+  shared_gemm_by<Isa>(ctx, weight, a, m, multiple, range, sink);
 }
 
 }  // namespace

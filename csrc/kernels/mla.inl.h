@@ -59,7 +59,7 @@ void mla_input(const Ctx& ctx, const void* p) {
   MlaInputPlan<Isa> plan(b, a, ctx.nt);
   const MlaShape& s = a.shape;
 
-  // Both projections of x. Where the first leaves threads with a panel less, the second begins.
+  // Both projections of x, their panels shared out together.
   const Weight& wq = plan.first_q(a);
   const Act xq = plan.x_q.fill(ctx, a.x, a.hidden);
   const Act xkv = a.kv_a.layout.format == wq.layout.format ? xq : plan.x_kv.fill(ctx, a.x, a.hidden);
@@ -70,8 +70,11 @@ void mla_input(const Ctx& ctx, const void* p) {
   auto store_kv = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
     store_tile_f32(plan.kv, plan.kv_rank, plan.kv_rank, m0, m, panel, np, c);
   };
-  shared_gemm<Isa>(ctx, a.kv_a, xkv, a.n, 1, 0, sink_of(store_kv));
-  shared_gemm<Isa>(ctx, wq, xq, a.n, 1, a.kv_a.layout.panels(), sink_of(store_q));
+  const int64_t of_kv = Units(a.kv_a.layout, a.n, 1).count(), of_q = Units(wq.layout, a.n, 1).count();
+  const auto own_kv = [&](int t) { return owned_among(of_kv, 0, of_kv + of_q, t, ctx.nt); };
+  const auto own_q = [&](int t) { return owned_among(of_q, of_kv, of_kv + of_q, t, ctx.nt); };
+  shared_gemm_by<Isa>(ctx, a.kv_a, xkv, a.n, 1, own_kv, sink_of(store_kv));
+  shared_gemm_by<Isa>(ctx, wq, xq, a.n, 1, own_q, sink_of(store_q));
   ctx.barrier();
 
   // Norms. The last threads take the latents, so that the first are free for the queries.

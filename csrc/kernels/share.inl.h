@@ -2,21 +2,10 @@
 #pragma once
 
 #include "kernels/args.h"
+#include "runtime/ownership.h"
 #include "runtime/team.h"
 
 namespace {
-
-// The contiguous share of `n` units that thread t of nt owns. The remainder begins at thread `turn`
-// (mod nt), so that over many matrices no thread carries it always.
-struct Range {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-};
-LC_INLINE Range owned(int64_t n, int tid, int nt, int64_t turn) {
-  const int64_t t = (tid + nt - turn % nt) % nt, base = n / nt, rest = n % nt;
-  const int64_t begin = t * base + tmin(t, rest);
-  return {begin, begin + base + (t < rest ? 1 : 0)};
-}
 
 // Runs fn(owner, list, begin, end) over every unit of every list. Thread t owns share(list, t) of each and
 // takes it front to back, list by list, at most `most` units at a time, fewer towards the end. Then it

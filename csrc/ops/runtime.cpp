@@ -6,6 +6,7 @@
 #include "isa/isa.h"
 #include "ops/check.h"
 #include "runtime/bandwidth.h"
+#include "runtime/topology.h"
 
 namespace lc {
 namespace {
@@ -15,7 +16,7 @@ void set_threads(int64_t n) {
   Team::get().resize(static_cast<int>(n));
 }
 int64_t num_threads() { return Team::get().size(); }
-int64_t cores() { return default_threads(); }
+int64_t cores() { return this_topology().threads(); }
 std::string isa_tier() { return tier_name(tier()); }
 void force_isa_tier(std::string name) { force_tier(name); }
 std::string cpu_features_text() {

@@ -9,16 +9,16 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <fstream>
 #include <memory>
 #include <mutex>
-#include <set>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "runtime/sanitize.h"
+#include "runtime/topology.h"
 
 namespace lc {
 namespace {
@@ -26,52 +26,6 @@ namespace {
 constexpr int kSpins = 4000;            // pauses before a waiting thread yields its core
 constexpr int kIdleSpins = 20000;       // pauses before an idle worker sleeps
 constexpr size_t kHugePage = 2u << 20;
-
-int read_int(const std::string& path, int fallback) {
-  std::ifstream f(path);
-  int v;
-  return (f >> v) ? v : fallback;
-}
-
-std::vector<int> allowed_cpus() {
-  // Room for machines with more than CPU_SETSIZE logical processors.
-  constexpr int kMax = 8192;
-  cpu_set_t* set = CPU_ALLOC(kMax);
-  const size_t bytes = CPU_ALLOC_SIZE(kMax);
-  CPU_ZERO_S(bytes, set);
-  std::vector<int> cpus;
-  if (sched_getaffinity(0, bytes, set) == 0)
-    for (int i = 0; i < kMax; ++i)
-      if (CPU_ISSET_S(i, bytes, set)) cpus.push_back(i);
-  CPU_FREE(set);
-  if (cpus.empty()) cpus.push_back(0);
-  return cpus;
-}
-
-// One logical processor for each physical core in the affinity mask, in order.
-std::vector<int> physical_cpus() {
-  std::set<std::pair<int, int>> seen;
-  std::vector<int> out;
-  for (int cpu : allowed_cpus()) {
-    const std::string base = "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/";
-    const int package = read_int(base + "physical_package_id", 0);
-    const int core = read_int(base + "core_id", cpu);
-    if (seen.insert({package, core}).second) out.push_back(cpu);
-  }
-  return out;
-}
-
-// CPUs' worth of time that the cgroup grants, rounded down; 0 where there is no limit.
-int cgroup_quota() {
-  std::ifstream v2("/sys/fs/cgroup/cpu.max");
-  std::string quota;
-  double period = 0;
-  if (v2 >> quota >> period && quota != "max" && period > 0)
-    return std::max(1, static_cast<int>(std::atof(quota.c_str()) / period));
-  const int q = read_int("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", -1);
-  const int p = read_int("/sys/fs/cgroup/cpu/cpu.cfs_period_us", -1);
-  return q > 0 && p > 0 ? std::max(1, q / p) : 0;
-}
 
 void pin(pthread_t thread, int cpu) {
   constexpr int kMax = 8192;
@@ -82,6 +36,28 @@ void pin(pthread_t thread, int cpu) {
   pthread_setaffinity_np(thread, bytes, set);  // best effort: a refusal only costs locality
   CPU_FREE(set);
 }
+
+// Keeps the calling thread on one logical processor while it lives.
+class Pinned {
+ public:
+  explicit Pinned(int cpu) : before_(CPU_ALLOC(kMax)) {
+    if (pthread_getaffinity_np(pthread_self(), CPU_ALLOC_SIZE(kMax), before_) == 0)
+      pin(pthread_self(), cpu);
+    else
+      CPU_ZERO_S(CPU_ALLOC_SIZE(kMax), before_);
+  }
+  ~Pinned() {
+    if (CPU_COUNT_S(CPU_ALLOC_SIZE(kMax), before_) > 0)
+      pthread_setaffinity_np(pthread_self(), CPU_ALLOC_SIZE(kMax), before_);
+    CPU_FREE(before_);
+  }
+  Pinned(const Pinned&) = delete;
+  Pinned& operator=(const Pinned&) = delete;
+
+ private:
+  static constexpr int kMax = 8192;
+  cpu_set_t* before_;
+};
 
 }  // namespace
 
@@ -98,12 +74,6 @@ void Barrier::wait() {
     else
       sched_yield();
   }
-}
-
-int default_threads() {
-  int n = static_cast<int>(physical_cpus().size());
-  if (const int quota = cgroup_quota()) n = std::min(n, quota);
-  return std::max(1, n);
 }
 
 struct Team::Impl {
@@ -123,6 +93,8 @@ struct Team::Impl {
   };
   std::vector<Phase> phases = std::vector<Phase>(1);  // one a thread
   int n = 1;
+  std::vector<Core> cores;  // of each thread; none where they are more than cores, and not pinned
+  bool several_nodes = false;
 
   void region(int tid) {
     Stamps* const stamps = profile == nullptr ? nullptr : &profile->thread(tid);
@@ -176,11 +148,13 @@ struct Team::Impl {
     phases.assign(static_cast<size_t>(threads), {});
     epoch.store(0);
     stop.store(false);
-    const std::vector<int> cpus = physical_cpus();
+    const Topology topology = this_topology();
+    cores.clear();
+    if (threads <= static_cast<int>(topology.cores.size())) cores = topology.place(threads);
+    several_nodes = topology.nodes() > 1;
     for (int t = 1; t < threads; ++t) {
       workers.emplace_back([this, t] { work(t); });
-      // The caller stays unpinned: it is the embedding program's thread, not ours.
-      if (threads <= static_cast<int>(cpus.size())) pin(workers.back().native_handle(), cpus[t]);
+      if (!cores.empty()) pin(workers.back().native_handle(), cores[static_cast<size_t>(t)].cpu);
     }
   }
 
@@ -234,8 +208,21 @@ void Team::run(const Node* nodes, size_t count) {
     impl_->epoch.fetch_add(1, std::memory_order_acq_rel);
     impl_->epoch.notify_all();
   }
-  impl_->region(0);
+  {
+    // The caller is the embedding program's thread, not ours: it is pinned only where it matters in
+    // whose memory it reads and writes, and only for the region.
+    std::optional<Pinned> pinned;
+    if (impl_->several_nodes && !impl_->cores.empty()) pinned.emplace(impl_->cores[0].cpu);
+    impl_->region(0);
+  }
   if (impl_->profile != nullptr) impl_->profile->end_region();
+}
+
+std::vector<int> Team::nodes() {
+  std::lock_guard<std::mutex> lock(impl_->mutex);
+  std::vector<int> out;
+  for (const Core& core : impl_->cores) out.push_back(core.node);
+  return out;
 }
 
 void Team::begin_profile() {

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "runtime/profile.h"
 
@@ -94,6 +95,8 @@ class Team {
   // Threads incl. the caller, 1..1024. Stops running workers first. Must not be called in a region.
   void resize(int n);
   int size() const { return n_; }
+  // The memory node of each thread's core; empty for threads that are not pinned.
+  std::vector<int> nodes();
   // Runs nodes in order in one parallel region, a barrier between two nodes.
   void run(const Node* nodes, size_t count);
   // Makes at least `bytes` of scratch available to the next regions.
@@ -114,8 +117,5 @@ class Team {
   uint8_t* scratch_ = nullptr;
   size_t scratch_bytes_ = 0;
 };
-
-// Cores that this process may use: physical cores within the affinity mask and the cgroup's quota.
-int default_threads();
 
 }  // namespace lc

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from latentcore.models import memory
 from latentcore.models.checkpoint import Checkpoint
 from latentcore.models.deepseek import DeepseekDecoder
 from latentcore.models.logits import StepLogits
-from latentcore.ops import dense, sampling
+from latentcore.ops import dense, runtime, sampling
 
 TINY = tiny_config()
 ENGINE = EngineConfig(max_model_len=128, max_num_seqs=4)
@@ -350,3 +351,12 @@ def test_threads_are_as_before_after_measuring(
     assert figures.threads == 2
     assert figures.read_bandwidth > 1e8
     assert module.runtime.num_threads() == before
+
+
+def test_more_threads_than_cores_are_warned_of(tmp_path: Path) -> None:
+    cores = len(runtime.topology().cores)
+    folder = _sparse(tmp_path, TINY, "bf16")
+    report = preflight(folder, replace(ENGINE, threads=cores + 1))
+    assert report.ready
+    (told,) = [text for text in report.warnings if "wait for each other" in text]
+    assert told.startswith(f"{cores + 1} threads on ")

@@ -226,11 +226,14 @@ def measure_machine(engine: EngineConfig) -> MachineFigures:
 
 
 def check_cpu(inspection: Inspection) -> None:
-    """This processor, and LATENTCORE_FORCE_ISA."""
+    """This processor, LATENTCORE_FORCE_ISA, and more threads than cores."""
     try:
         inspection.report.tier = runtime.isa_tier()
     except UnsupportedCpuError as error:
         inspection.problem(error)
+    told = runtime.topology().oversubscribed(inspection.engine.threads or 1)
+    if told is not None:
+        inspection.report.warnings.append(told)
 
 
 def check_config(inspection: Inspection) -> None:

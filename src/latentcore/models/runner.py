@@ -177,7 +177,12 @@ class ModelRunner:
         `progress(done, total)` is called with bytes read. Raises CheckpointError where a weight's
         data is no good.
         """
-        runtime.set_threads(engine_config.threads or runtime.default_threads())
+        topology = runtime.topology()
+        threads = engine_config.threads or topology.threads
+        told = topology.oversubscribed(threads)
+        if told is not None:
+            logger.warning("%s", told)
+        runtime.set_threads(threads)
         weights = load_weights(plan, checkpoint, progress)
         return cls(plan.config, engine_config, weights, plan, limits)
 

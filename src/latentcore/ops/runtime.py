@@ -1,9 +1,10 @@
 """Threads, instruction set, captured graphs, measurements."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from latentcore.errors import UserError
 from latentcore.ops.native import op, require_cpu
@@ -12,6 +13,8 @@ from latentcore.quant.packed import Format
 _set_threads = op("set_threads")
 _num_threads = op("num_threads")
 _cores = op("cores")
+_topology = op("topology")
+_owned_ranges = op("owned_ranges")
 _force_isa_tier = op("force_isa_tier")
 _cpu_features = op("cpu_features")
 _release_scratch = op("release_scratch")
@@ -57,6 +60,82 @@ def cpu_features() -> frozenset[str]:
 def default_threads() -> int:
     """Physical cores within the affinity mask and the cgroup's quota."""
     return int(_cores())
+
+
+@dataclass(frozen=True)
+class Core:
+    """A physical core, by the first of its logical processors that may be used."""
+
+    cpu: int
+    socket: int
+    node: int
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The cores that a process may use, node by node: threads with consecutive numbers share one.
+
+    quota    processors' worth of time that the control groups grant; None without a limit
+    logical  logical processors in the affinity mask
+    threads  what runs best: a thread a core, within the quota
+    """
+
+    cores: tuple[Core, ...]
+    quota: int | None
+    logical: int
+    threads: int
+
+    @property
+    def nodes(self) -> int:
+        """Memory nodes."""
+        return len({core.node for core in self.cores})
+
+    @property
+    def sockets(self) -> int:
+        """Sockets."""
+        return len({core.socket for core in self.cores})
+
+    def line(self) -> str:
+        """One line for people."""
+
+        def count(n: int, what: str) -> str:
+            return f"{n} {what}{'s' * (n != 1)}"
+
+        text = f"{count(len(self.cores), 'core')} in {count(self.sockets, 'socket')}"
+        text += f" and {count(self.nodes, 'memory node')}"
+        return text + (f", {self.quota} granted by the control group" if self.quota else "")
+
+    def oversubscribed(self, threads: int) -> str | None:
+        """What to tell the user where `threads` are more than run well."""
+        if threads <= self.threads:
+            return None
+        return (
+            f"{threads} threads on {self.line()}: they wait for each other; "
+            f"{self.threads} is the fastest"
+        )
+
+
+def topology() -> Topology:
+    """The cores that this process may use now."""
+    return _read_topology("", [])
+
+
+def topology_below(root: Path, allowed: Sequence[int]) -> Topology:
+    """The same from copies of sysfs and procfs below `root`, with an affinity mask of `allowed`."""
+    return _read_topology(str(root), list(allowed))
+
+
+def _read_topology(root: str, allowed: list[int]) -> Topology:
+    first, *lines = str(_topology(root, allowed)).splitlines()
+    quota, logical, threads = map(int, first.split())
+    cores = tuple(Core(*map(int, line.split())) for line in lines)
+    return Topology(cores, quota or None, logical, threads)
+
+
+def owned_ranges(n: int, threads: int, turn: int) -> list[range]:
+    """Which of `n` units each thread owns; `turn` shifts who carries the remainder."""
+    lines = str(_owned_ranges(n, threads, turn)).splitlines()
+    return [range(*map(int, line.split())) for line in lines]
 
 
 def num_threads() -> int:
