@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from latentcore.cli import app
-from latentcore.cli.serve import parse_bytes
+from latentcore.envs import parse_bytes
 from latentcore.errors import UserError
 from tests.server.process import ServerProcess, serving
 

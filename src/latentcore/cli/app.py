@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from latentcore import __version__
-from latentcore.cli import bench, chat, generate, preflight, quantize, serve
+from latentcore.cli import bench, cache, chat, generate, pack, preflight, quantize, serve
 from latentcore.errors import UserError
 
 EXIT_BUG = 1
@@ -50,6 +50,8 @@ app.command()(generate.generate)
 app.command()(chat.chat)
 app.command()(serve.serve)
 app.command()(preflight.preflight)
+app.command()(pack.pack)
+app.add_typer(cache.app)
 app.command()(quantize.quantize)
 app.command()(bench.bench)
 

@@ -16,6 +16,7 @@ from latentcore.cli.options import (
     QuantizationOption,
     ThreadsOption,
 )
+from latentcore.envs import parse_bytes
 from latentcore.errors import UserError
 
 
@@ -181,31 +182,3 @@ def serve(
     )
     configure_logging(log_level.value)
     raise typer.Exit(run(engine, options, listener, drain_timeout=drain_timeout))
-
-
-_UNITS = {
-    "": 1,
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-    "kib": 1 << 10,
-    "mib": 1 << 20,
-    "gib": 1 << 30,
-    "tib": 1 << 40,
-}
-
-
-def parse_bytes(option: str, text: str) -> int:
-    """A number of bytes: 1000000, 16MiB, 1.5GB."""
-    stripped = str(text).strip().lower()
-    number = stripped.rstrip("bgikmt ")
-    unit = stripped[len(number) :].strip()
-    try:
-        value = int(float(number) * _UNITS[unit])
-    except (KeyError, ValueError, OverflowError):
-        value = 0
-    if value < 1:
-        raise UserError(f"{option}: expected a size such as 500MB or 16GiB, found {text!r}")
-    return value

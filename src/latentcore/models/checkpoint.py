@@ -299,10 +299,13 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """A hex digest that changes whenever the weights may have.
 
-        It covers config.json and, for each shard, its name, size, time of change, whole header and
-        a few samples of its data: the data itself is too large to read at every start.
+        It covers config.json and, for each shard, its name, size, inode, times of modification and
+        of change, whole header and a few samples of its data: the data itself is too large to read
+        at every start. The time of change (ctime) is the system's own: no program can put it back,
+        so a file whose content was replaced differs even where copying kept its modification time.
+        A copy of a checkpoint has another fingerprint than its source.
         """
-        digest = hashlib.sha256(b"latentcore checkpoint 1\n")
+        digest = hashlib.sha256(b"latentcore checkpoint 2\n")
         with contextlib.suppress(OSError, UnsafePathError):
             digest.update(contained_file(self.path, "config.json").read_bytes())
         for file in self.shards:
@@ -310,7 +313,8 @@ class Checkpoint:
                 stat = os.fstat(stream.fileno())
                 length = int.from_bytes(stream.read(8), "little")
                 digest.update(
-                    f"\n{file.name} {stat.st_size} {stat.st_mtime_ns} {length}\n".encode()
+                    f"\n{file.name} {stat.st_size} {stat.st_ino} {stat.st_mtime_ns} "
+                    f"{stat.st_ctime_ns} {length}\n".encode()
                 )
                 digest.update(stream.read(min(length, MAX_HEADER_BYTES)))
                 start = 8 + length

@@ -1,103 +1,25 @@
 """Runs the real model code on tensors without memory, so that every call meets every op's checks.
 
-The weights are PackedWeight.fake, buffers and cache lie on the meta device: an op then runs the
-same C++ checks as with data, and nothing else. The runner itself, capture and replay included, is
-the one that serves. A disagreement between a kernel, its weights and its call site shows here, in
-about a second, before any weight is read.
+Weights, buffers and cache lie on the meta device: an op then runs the same C++ checks as with data,
+and nothing else. The runner itself, capture and replay included, is the one that serves. A
+disagreement between a kernel, its weights and its call site shows here, in about a second, before
+any weight is read.
 """
 
 from collections.abc import Iterator
 from typing import Literal
 
-import torch
-
 from latentcore.config import EngineConfig, ModelConfig
 from latentcore.errors import LatentcoreError
 from latentcore.layers.step import Limits
-from latentcore.layers.weights import (
-    AttentionWeights,
-    LayerWeights,
-    MlpWeights,
-    ModelWeights,
-    MoeWeights,
-)
 from latentcore.models.chunk import Path, SequenceChunk
-from latentcore.models.resolve import (
-    LayerPlan,
-    MatrixPlan,
-    MlpPlan,
-    ModelPlan,
-    MoePlan,
-    PlainPlan,
-)
+from latentcore.models.parts import Meta, assemble, parts_of
+from latentcore.models.resolve import ModelPlan
 from latentcore.models.runner import ModelRunner
-from latentcore.quant.packed import Format, PackedWeight
-
-_META = torch.device("meta")
 
 
 class ContractError(LatentcoreError):
     """An op refused what the model's own code handed it: a bug of latentcore's, not the user's."""
-
-
-def _matrix(plan: MatrixPlan) -> PackedWeight:
-    return PackedWeight.fake(plan.format, plan.batch, plan.parts, plan.rows, plan.cols)
-
-
-def _vector(plan: PlainPlan) -> torch.Tensor:
-    return torch.empty(plan.size, dtype=torch.float32, device=_META)
-
-
-def _mlp(plan: MlpPlan) -> MlpWeights:
-    return MlpWeights(gate_up=_matrix(plan.gate_up), down=_matrix(plan.down))
-
-
-def _moe(config: ModelConfig, plan: MoePlan) -> MoeWeights:
-    router = PackedWeight.fake(
-        plan.router_format, 1, 1, config.n_routed_experts, config.hidden_size
-    )
-    return MoeWeights(
-        router=router,
-        router_bias=_vector(plan.router_bias) if plan.router_bias else None,
-        experts_gate_up=_matrix(plan.experts_gate_up),
-        experts_down=_matrix(plan.experts_down),
-        shared=_mlp(plan.shared) if plan.shared else None,
-    )
-
-
-def _layer(config: ModelConfig, plan: LayerPlan) -> LayerWeights:
-    a = plan.attention
-    kv_b = a.kv_b
-    return LayerWeights(
-        attention=AttentionWeights(
-            input_norm=_vector(a.input_norm),
-            q_a=_matrix(a.q_a) if a.q_a else None,
-            q_a_norm=_vector(a.q_a_norm) if a.q_a_norm else None,
-            q_b=_matrix(a.q_b) if a.q_b else None,
-            q=_matrix(a.q) if a.q else None,
-            kv_a=_matrix(a.kv_a),
-            kv_a_norm=_vector(a.kv_a_norm),
-            kv_b=_matrix(kv_b.linear),
-            w_kc=PackedWeight.fake(kv_b.format, kv_b.heads, 1, kv_b.rank, kv_b.nope),
-            w_vc=PackedWeight.fake(kv_b.format, kv_b.heads, 1, kv_b.v, kv_b.rank),
-            o=_matrix(a.o),
-        ),
-        post_attention_norm=_vector(plan.post_attention_norm),
-        ffn=_moe(config, plan.ffn) if isinstance(plan.ffn, MoePlan) else _mlp(plan.ffn),
-    )
-
-
-def fake_weights(plan: ModelPlan) -> ModelWeights:
-    """The weights that `plan` will become, without memory."""
-    config = plan.config
-    return ModelWeights(
-        embed=torch.empty(
-            (config.vocab_size, config.hidden_size), dtype=torch.bfloat16, device=_META
-        ),
-        layers=[_layer(config, layer) for layer in plan.layers],
-        final_norm=_vector(plan.final_norm),
-        lm_head=PackedWeight.fake(Format.BF16, 1, 1, config.vocab_size, config.hidden_size),
-    )
 
 
 def dry_run(plan: ModelPlan, engine: EngineConfig, limits: Limits) -> list[str]:
@@ -108,7 +30,7 @@ def dry_run(plan: ModelPlan, engine: EngineConfig, limits: Limits) -> list[str]:
     done: list[str] = []
     name = "capture of the decode graphs" if engine.use_graph else "the start"
     try:
-        runner = ModelRunner(plan.config, engine, fake_weights(plan), plan, limits)
+        runner = ModelRunner(plan.config, engine, assemble(parts_of(plan, Meta())), plan, limits)
         if engine.use_graph:
             done.append(name)
         for name, wanted, chunks in _steps(plan.config, limits):

@@ -1,8 +1,9 @@
-"""Carries out a ModelPlan: maps the checkpoint, packs every weight, lets go of it behind itself.
+"""Carries out a ModelPlan: reads the packed weights from the cache, or packs the checkpoint.
 
-The packing itself is native and uses all threads; this module only walks the plan. Memory beyond
-the packed weights is one weight at a time where it is converted, and none where it is packed as it
-is stored. Pages of the map are page cache, which the system takes back when it needs to.
+Packing maps the checkpoint, packs every weight natively on all threads and lets go of it behind
+itself; memory beyond the packed weights is one weight at a time where it is converted, and none
+where it is packed as it is stored. Pages of the map are page cache, which the system takes back
+when it needs to.
 """
 
 import logging
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from latentcore.errors import CheckpointError
+from latentcore.errors import CheckpointError, UserError
 from latentcore.layers.weights import (
     AttentionWeights,
     LayerWeights,
@@ -18,8 +19,11 @@ from latentcore.layers.weights import (
     ModelWeights,
     MoeWeights,
 )
+from latentcore.models import packed_cache
 from latentcore.models.checkpoint import Checkpoint, TensorInfo
 from latentcore.models.memory import require_memory
+from latentcore.models.packed_cache import DamagedPackError, Pack, PackReader, PackWriter
+from latentcore.models.parts import Anonymous, Part, assemble, buffers_of, parts_of
 from latentcore.models.resolve import (
     AttentionPlan,
     KvbPlan,
@@ -31,7 +35,7 @@ from latentcore.models.resolve import (
     PlainPlan,
     StoredWeight,
 )
-from latentcore.ops import packing
+from latentcore.ops import packing, storage
 from latentcore.quant.packed import Format, PackedWeight
 from latentcore.quant.scheme import QuantScheme, StoredTensors
 from latentcore.quant.schemes import convert
@@ -39,7 +43,7 @@ from latentcore.quant.schemes import convert
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
-"""Called with bytes read so far and bytes in all, after each tensor."""
+"""Called with bytes done so far and bytes in all: read, and written to the packed cache."""
 
 _READ_AHEAD_BYTES = 256 << 20
 """How much of the checkpoint the system is asked to read before it is needed."""
@@ -48,7 +52,8 @@ _READ_AHEAD_BYTES = 256 << 20
 def load_weights(
     plan: ModelPlan, checkpoint: Checkpoint, progress: Progress | None
 ) -> ModelWeights:
-    """Reads and packs all weights of `plan` from `checkpoint`.
+    """All weights of `plan`: from the packed cache, or read and packed from `checkpoint`, and then
+    kept in the cache where the model is large enough.
 
     The plan's warnings are logged. Raises InsufficientMemoryError before anything is read when the
     memory at hand is less than the plan's peak, and CheckpointError naming a tensor whose scales
@@ -57,116 +62,193 @@ def load_weights(
     for warning in plan.warnings:
         logger.warning("%s", warning)
     require_memory(plan.peak_nbytes(), "the model's weights")
-    return _Loader(plan, checkpoint, progress).run()
+    if not packed_cache.keeps(plan):
+        return assemble(_Packer(plan, checkpoint, _Count(plan.source_nbytes(), progress)).parts())
+    pack = packed_cache.pack_of(plan, checkpoint)
+    if pack.exists():
+        try:
+            return assemble(_read(plan, pack, progress))
+        except DamagedPackError as error:
+            logger.warning("%s: %s; the checkpoint is packed again", pack.path, error)
+    return assemble(_pack_and_keep(plan, checkpoint, pack, progress))
 
 
-class _Loader:
-    def __init__(self, plan: ModelPlan, checkpoint: Checkpoint, progress: Progress | None) -> None:
+def pack_ahead(
+    plan: ModelPlan, checkpoint: Checkpoint, progress: Progress | None
+) -> tuple[Pack, bool]:
+    """Makes the pack of a checkpoint, whatever its size, holding one layer at a time in memory.
+
+    Returns the pack, and whether it was there before: then it was read, and found sound. Raises
+    UserError where it cannot be kept, with the reason in the log, and CheckpointError as
+    `load_weights` does.
+    """
+    pack = packed_cache.pack_of(plan, checkpoint)
+    if pack.exists():
+        try:
+            for _ in _read(plan, pack, progress):
+                pass
+            return pack, True
+        except DamagedPackError as error:
+            logger.warning("%s: %s; the checkpoint is packed again", pack.path, error)
+    for _ in _pack_and_keep(plan, checkpoint, pack, progress):
+        pass
+    if not pack.exists():
+        raise UserError(f"{pack.model}: its packed weights could not be kept")
+    return pack, False
+
+
+def _read(plan: ModelPlan, pack: Pack, progress: Progress | None) -> Iterator[tuple[str, Part]]:
+    count = _Count(plan.packed_nbytes(), progress)
+    with PackReader(pack) as reader:
+        for name, part in parts_of(plan, Anonymous()):
+            reader.read(name, part, count.add)
+            yield name, part
+
+
+def _pack_and_keep(
+    plan: ModelPlan, checkpoint: Checkpoint, pack: Pack, progress: Progress | None
+) -> Iterator[tuple[str, Part]]:
+    writer = PackWriter.open(pack)
+    if writer is None:
+        yield from _Packer(plan, checkpoint, _Count(plan.source_nbytes(), progress)).parts()
+        return
+    count = _Count(plan.source_nbytes() + plan.packed_nbytes(), progress)
+    with writer:
+        for name, part in _Packer(plan, checkpoint, count).parts():
+            writer.write(name, part, count.add)
+            yield name, part
+        writer.finish(checkpoint)
+
+
+class _Count:
+    """Counts bytes and passes them on."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.total = total
+        self.done = 0
+        self._progress = progress
+
+    def add(self, nbytes: int) -> None:
+        self.done += nbytes
+        if self._progress is not None:
+            self._progress(self.done, self.total)
+
+
+class _Packer:
+    """Fills the parts of a model from a checkpoint."""
+
+    def __init__(self, plan: ModelPlan, checkpoint: Checkpoint, count: _Count) -> None:
         self.plan = plan
         self.checkpoint = checkpoint
-        self.progress = progress
-        self.total = plan.source_nbytes()
-        self.done = 0
+        self.count = count
+        self.read_nbytes = 0
         self.ahead = 0
         self.upcoming: Iterator[TensorInfo] = plan.sources()
 
-    def run(self) -> ModelWeights:
+    def parts(self) -> Iterator[tuple[str, Part]]:
         plan = self.plan
-        embed = self.embedding(plan.embed)
-        layers = [self.layer(layer) for layer in plan.layers]
-        final_norm = self.vector(plan.final_norm)
+        parts = parts_of(plan, Anonymous())
+        name, embed = next(parts)
+        assert isinstance(embed, torch.Tensor)
+        self.plain(plan.embed, embed)
+        yield name, embed
+        if plan.lm_head is not None:
+            del embed
+        for layer in plan.layers:
+            name, part = next(parts)
+            assert isinstance(part, LayerWeights)
+            self.layer(layer, part)
+            yield name, part
+            del part
+        name, norm = next(parts)
+        assert isinstance(norm, torch.Tensor)
+        self.vector(plan.final_norm, norm)
+        yield name, norm
+        name, head = next(parts)
+        assert isinstance(head, PackedWeight)
         if plan.lm_head is None:
-            lm_head = self.pack_plain(plan.embed.info, embed, Format.BF16)
+            self.pack_plain(embed, head)
         else:
-            source = self.read(plan.lm_head.info)
-            lm_head = self.pack_plain(plan.lm_head.info, source, Format.BF16)
+            self.pack_plain(self.read(plan.lm_head.info), head)
             self.finish(plan.lm_head.info)
-        return ModelWeights(embed=embed, layers=layers, final_norm=final_norm, lm_head=lm_head)
+        yield name, head
 
-    def layer(self, plan: LayerPlan) -> LayerWeights:
-        return LayerWeights(
-            attention=self.attention(plan.attention),
-            post_attention_norm=self.vector(plan.post_attention_norm),
-            ffn=self.moe(plan.ffn) if isinstance(plan.ffn, MoePlan) else self.mlp(plan.ffn),
-        )
+    def layer(self, plan: LayerPlan, to: LayerWeights) -> None:
+        # Memory comes to lie with its owners, whoever fills it.
+        for buffer in buffers_of("", to):
+            storage.touch(buffer.data, buffer.groups)
+        self.attention(plan.attention, to.attention)
+        self.vector(plan.post_attention_norm, to.post_attention_norm)
+        if isinstance(plan.ffn, MoePlan):
+            assert isinstance(to.ffn, MoeWeights)
+            self.moe(plan.ffn, to.ffn)
+        else:
+            assert isinstance(to.ffn, MlpWeights)
+            self.mlp(plan.ffn, to.ffn)
 
-    def attention(self, plan: AttentionPlan) -> AttentionWeights:
-        kv_b, w_kc, w_vc = self.kv_b(plan.kv_b)
-        return AttentionWeights(
-            input_norm=self.vector(plan.input_norm),
-            q_a=self.matrix(plan.q_a) if plan.q_a else None,
-            q_a_norm=self.vector(plan.q_a_norm) if plan.q_a_norm else None,
-            q_b=self.matrix(plan.q_b) if plan.q_b else None,
-            q=self.matrix(plan.q) if plan.q else None,
-            kv_a=self.matrix(plan.kv_a),
-            kv_a_norm=self.vector(plan.kv_a_norm),
-            kv_b=kv_b,
-            w_kc=w_kc,
-            w_vc=w_vc,
-            o=self.matrix(plan.o),
-        )
+    def attention(self, plan: AttentionPlan, to: AttentionWeights) -> None:
+        self.vector(plan.input_norm, to.input_norm)
+        self.matrix(plan.q_a, to.q_a)
+        self.vector(plan.q_a_norm, to.q_a_norm)
+        self.matrix(plan.q_b, to.q_b)
+        self.matrix(plan.q, to.q)
+        self.matrix(plan.kv_a, to.kv_a)
+        self.vector(plan.kv_a_norm, to.kv_a_norm)
+        self.kv_b(plan.kv_b, to)
+        self.matrix(plan.o, to.o)
 
-    def mlp(self, plan: MlpPlan) -> MlpWeights:
-        return MlpWeights(gate_up=self.matrix(plan.gate_up), down=self.matrix(plan.down))
+    def mlp(self, plan: MlpPlan, to: MlpWeights) -> None:
+        self.matrix(plan.gate_up, to.gate_up)
+        self.matrix(plan.down, to.down)
 
-    def moe(self, plan: MoePlan) -> MoeWeights:
-        router = self.pack_plain(plan.router.info, self.read(plan.router.info), plan.router_format)
+    def moe(self, plan: MoePlan, to: MoeWeights) -> None:
+        self.pack_plain(self.read(plan.router.info), to.router)
         self.finish(plan.router.info)
-        return MoeWeights(
-            router=router,
-            router_bias=self.vector(plan.router_bias) if plan.router_bias else None,
-            experts_gate_up=self.matrix(plan.experts_gate_up),
-            experts_down=self.matrix(plan.experts_down),
-            shared=self.mlp(plan.shared) if plan.shared else None,
-        )
+        self.vector(plan.router_bias, to.router_bias)
+        self.matrix(plan.experts_gate_up, to.experts_gate_up)
+        self.matrix(plan.experts_down, to.experts_down)
+        if plan.shared is not None and to.shared is not None:
+            self.mlp(plan.shared, to.shared)
 
-    # Single weights
+    # Single weights; where the plan has none, there is nothing to fill either.
 
-    def matrix(self, plan: MatrixPlan) -> PackedWeight:
-        packed = PackedWeight.allocate(plan.format, plan.batch, plan.parts, plan.rows, plan.cols)
+    def matrix(self, plan: MatrixPlan | None, packed: PackedWeight | None) -> None:
+        if plan is None or packed is None:
+            return
         for index, piece in enumerate(plan.pieces):
             item, part = divmod(index, plan.parts)
             plan.scheme.pack(packed, item, part, self.stored(piece, plan.scheme))
             self.finish_weight(piece)
-        return packed
 
-    def kv_b(self, plan: KvbPlan) -> tuple[PackedWeight, PackedWeight, PackedWeight]:
-        linear, scheme = plan.linear, plan.linear.scheme
-        packed = PackedWeight.allocate(scheme.format, 1, 1, linear.rows, linear.cols)
-        w_kc = PackedWeight.allocate(plan.format, plan.heads, 1, plan.rank, plan.nope)
-        w_vc = PackedWeight.allocate(plan.format, plan.heads, 1, plan.v, plan.rank)
-        (piece,) = linear.pieces
+    def kv_b(self, plan: KvbPlan, to: AttentionWeights) -> None:
+        scheme = plan.linear.scheme
+        (piece,) = plan.linear.pieces
         tensors = self.stored(piece, scheme)
-        scheme.pack(packed, 0, 0, tensors)
-        scheme.pack_kv_b(w_kc, w_vc, tensors, plan.nope, plan.v)
+        scheme.pack(to.kv_b, 0, 0, tensors)
+        scheme.pack_kv_b(to.w_kc, to.w_vc, tensors, plan.nope, plan.v)
         self.finish_weight(piece)
-        return packed, w_kc, w_vc
 
-    def pack_plain(self, info: TensorInfo, source: torch.Tensor, form: Format) -> PackedWeight:
+    def pack_plain(self, source: torch.Tensor, packed: PackedWeight) -> None:
         """Packs a matrix that is never quantized, [rows, cols], as F32 or BF16."""
-        rows, cols = info.shape
-        packed = PackedWeight.allocate(form, 1, 1, rows, cols)
-        if form is Format.F32:
+        if packed.format is Format.F32:
             packing.pack_f32(packed, 0, 0, source.to(torch.float32))
         else:
             packing.pack_bf16(packed, 0, 0, source.to(torch.bfloat16))
-        return packed
 
-    def vector(self, plan: PlainPlan) -> torch.Tensor:
-        """A norm or a bias as float32."""
-        values = self.read(plan.info).to(torch.float32, copy=True)
-        if not bool(torch.isfinite(values).all()):
+    def vector(self, plan: PlainPlan | None, to: torch.Tensor | None) -> None:
+        """A norm or a bias, as float32."""
+        if plan is None or to is None:
+            return
+        self.plain(plan, to)
+        if not bool(torch.isfinite(to).all()):
             raise CheckpointError(
                 f"{plan.info.name}: expected finite numbers, found NaN or infinity",
                 where=str(plan.info.file),
             )
-        self.finish(plan.info)
-        return values
 
-    def embedding(self, plan: PlainPlan) -> torch.Tensor:
-        values = self.read(plan.info).to(torch.bfloat16, copy=True)
+    def plain(self, plan: PlainPlan, to: torch.Tensor) -> None:
+        to.copy_(self.read(plan.info).view(to.shape))
         self.finish(plan.info)
-        return values
 
     # Reading
 
@@ -184,7 +266,7 @@ class _Loader:
 
     def read(self, info: TensorInfo) -> torch.Tensor:
         """The mapped data of a tensor; asks for what comes after it to be read ahead."""
-        while self.ahead < min(self.done + _READ_AHEAD_BYTES, self.total):
+        while self.ahead < self.read_nbytes + _READ_AHEAD_BYTES:
             following = next(self.upcoming, None)
             if following is None:
                 break
@@ -199,6 +281,5 @@ class _Loader:
     def finish(self, info: TensorInfo) -> None:
         """Lets go of a tensor's mapped pages and reports it."""
         self.checkpoint.release(info.name)
-        self.done += info.nbytes
-        if self.progress is not None:
-            self.progress(self.done, self.total)
+        self.read_nbytes += info.nbytes
+        self.count.add(info.nbytes)
