@@ -14,7 +14,8 @@ import torch
 from checkpoints import random_tensors, tensor_list, tiny_config, write_checkpoint
 
 from latentcore.cli.app import main
-from latentcore.config import ModelConfig
+from latentcore.config import EngineConfig, ModelConfig
+from latentcore.engine.preflight import preflight
 from latentcore.errors import UserError
 from latentcore.layers.weights import ModelWeights
 from latentcore.models import loader, packed_cache
@@ -366,6 +367,27 @@ def test_pack_ahead_holds_a_layer_at_a_time(folder: Path, monkeypatch: pytest.Mo
         pack.path.unlink()
         with pytest.raises(UserError, match="could not be kept"):
             pack_ahead(plan, checkpoint, None)
+
+
+def test_preflight_tells_what_a_start_will_find(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def state() -> str:
+        report = preflight(folder, EngineConfig(max_model_len=64, max_num_seqs=2))
+        assert report.packed is not None
+        return report.packed.line()
+
+    assert state().startswith("to be made: 3.7 MB of disk, ")
+    monkeypatch.setenv("LATENTCORE_CACHE_LIMIT", "1MB")
+    assert state().startswith("too large: 3.7 MB of disk, ")
+    monkeypatch.setenv("LATENTCORE_CACHE_LIMIT", "0")
+    assert state() == "not kept"
+    monkeypatch.delenv("LATENTCORE_CACHE_LIMIT")
+    monkeypatch.setattr(packed_cache, "_SPARE_DISK", 1 << 60)
+    assert state().startswith("too little disk: 3.7 MB of disk, ")
+    monkeypatch.setattr(packed_cache, "_SPARE_DISK", 0)
+    load(folder)
+    assert state() == "ready, 3.7 MB"
 
 
 def test_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

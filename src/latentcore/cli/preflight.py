@@ -110,6 +110,8 @@ def _lines(report: "Report") -> list[tuple[str, str]]:
                 f"up to {figures.max_model_len}; buffers {format_bytes(figures.buffers)}"
             )
         lines.append(("cache", cache))
+    if report.packed is not None:
+        lines.append(("packed on disk", report.packed.line()))
     machine = report.machine
     if machine is not None:
         reads = f"reads {format_bytes(machine.read_bandwidth)}/s"

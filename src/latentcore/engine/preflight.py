@@ -33,6 +33,7 @@ from latentcore.layers.step import Buffers, Limits
 from latentcore.models import memory
 from latentcore.models.checkpoint import Checkpoint
 from latentcore.models.dryrun import ContractError, dry_run
+from latentcore.models.packed_cache import PackState, pack_state
 from latentcore.models.resolve import ModelPlan, resolve
 from latentcore.models.runner import cache_bytes_per_token, plan_limits
 from latentcore.ops import runtime
@@ -100,6 +101,7 @@ class Report:
     parameters: int | None = None
     active_parameters: int | None = None
     memory: MemoryFigures | None = None
+    packed: PackState | None = None
     weight_bytes_per_token: dict[int, float] = field(default_factory=dict)
     steps: list[str] = field(default_factory=list)
     tier: str | None = None
@@ -166,6 +168,8 @@ def preflight(folder: Path, engine: EngineConfig) -> Report:
     architecture. Everything else is in the report.
     """
     with _inspected(folder, engine) as inspection:
+        if inspection.plan is not None and inspection.checkpoint is not None:
+            inspection.report.packed = pack_state(inspection.plan, inspection.checkpoint)
         return inspection.report
 
 

@@ -132,6 +132,49 @@ def keeps(plan: ModelPlan) -> bool:
     return plan.packed_nbytes() >= MIN_NBYTES and envs.cache_limit() != 0
 
 
+@dataclass(frozen=True)
+class PackState:
+    """What a start will find: for `preflight`.
+
+    state   `ready`, `to be made`, `too little disk`, `too large` (for LATENTCORE_CACHE_LIMIT) or
+            `not kept` (a small model, or the cache is turned off)
+    nbytes  of the file
+    free    bytes of the disk
+    """
+
+    state: str
+    nbytes: int
+    free: int
+
+    def line(self) -> str:
+        """One line for people."""
+        if self.state == "not kept":
+            return "not kept"
+        if self.state == "ready":
+            return f"ready, {format_bytes(self.nbytes)}"
+        sizes = f"{format_bytes(self.nbytes)} of disk, {format_bytes(self.free)} free"
+        return f"{self.state}: {sizes}"
+
+
+def pack_state(plan: ModelPlan, checkpoint: Checkpoint) -> PackState:
+    """Whether the packed weights are there, or what keeping them takes."""
+    folder = packs_dir()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if not keeps(plan):
+        return PackState("not kept", 0, free)
+    pack = pack_of(plan, checkpoint)
+    limit = envs.cache_limit()
+    if pack.exists():
+        state = "ready"
+    elif limit is not None and pack.nbytes > limit:
+        state = "too large"
+    else:
+        state = "to be made" if free >= pack.nbytes + _SPARE_DISK else "too little disk"
+    return PackState(state, pack.nbytes, free)
+
+
 # ---------------------------------------------------------------------------------------------
 # Reading
 

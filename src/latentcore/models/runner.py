@@ -19,8 +19,9 @@ from latentcore.models.deepseek import DeepseekDecoder
 from latentcore.models.loader import load_weights
 from latentcore.models.logits import StepLogits
 from latentcore.models.memory import available_memory, format_bytes, require_memory
+from latentcore.models.parts import buffers_of_model
 from latentcore.models.resolve import ModelPlan, resolve
-from latentcore.ops import dense, mla, runtime
+from latentcore.ops import dense, mla, runtime, storage
 from latentcore.quant.packed import Format
 
 logger = logging.getLogger(__name__)
@@ -218,6 +219,13 @@ class ModelRunner:
     def weight_bytes(self) -> int:
         """Bytes of all packed weights."""
         return self._weight_bytes
+
+    def placement(self) -> storage.Placement:
+        """Where the weights lie, beside the threads that own them."""
+        found = storage.Placement()
+        for buffer in buffers_of_model(self._decoder.weights):
+            found += storage.placement(buffer.data, buffer.groups)
+        return found
 
     def choose_path(self, uncached_tokens: int, context: int) -> Path:
         """The cheaper attention for a prompt; see `choose_path` of this module."""
