@@ -72,6 +72,7 @@ def test_200_clients_get_what_each_gets_alone(
                 assert answer == ask_alone(client, one)
 
 
+@pytest.mark.slow
 @pytest.mark.soak
 @pytest.mark.timeout(SOAK_SECONDS + 300)
 def test_a_long_soak_leaves_nothing_behind(
