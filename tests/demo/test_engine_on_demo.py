@@ -15,6 +15,7 @@ import torch
 
 from latentcore import LLM, SamplingParams
 from latentcore.models.hub import DEMO_MODEL
+from latentcore.models.quantize import quantize_checkpoint
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 GOLDEN: list[dict[str, Any]] = json.loads((FIXTURES / "golden.json").read_text())["cases"]
@@ -147,3 +148,24 @@ def test_bits_per_byte_in_bf16_are_transformers(ours: dict[str, float], theirs: 
 def test_quantizing_costs_next_to_nothing(scheme: str, ours: dict[str, float]) -> None:
     assert ours[scheme] == pytest.approx(ours["auto"], rel=SLACK[scheme])
     assert ours[scheme] != ours["auto"]
+
+
+@pytest.mark.parametrize(
+    ("form", "scheme"),
+    [("w8a8_int8", "w8a8_int8"), ("compressed-tensors", "w8a8_int8"), ("fp8", "fp8")],
+)
+def test_written_forms_are_what_is_quantized_while_loading(
+    form: str, scheme: str, llms: dict[str, LLM], held_out_ids: list[list[int]], tmp_path: Path
+) -> None:
+    """The published layouts, as `latentcore quantize` writes them: the same bits, half the size."""
+    quantize_checkpoint(DEMO_MODEL, tmp_path / "out", form)
+    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert size < 0.7 * (DEMO_MODEL / "model.safetensors").stat().st_size
+    prompt = {"prompt_token_ids": held_out_ids[0][:300]}
+    asked = SamplingParams(temperature=0, max_tokens=8, prompt_logprobs=0, logprobs=0)
+    with LLM(tmp_path / "out", threads=1, max_model_len=2048, kv_cache_memory=64 << 20) as llm:
+        (found,) = llm.generate(prompt, asked)
+    (expected,) = llms[scheme].generate(prompt, asked)
+    assert found.prompt_logprobs == expected.prompt_logprobs
+    assert found.outputs[0].token_ids == expected.outputs[0].token_ids
+    assert found.outputs[0].logprobs == expected.outputs[0].logprobs

@@ -319,20 +319,25 @@ from latentcore.ops import runtime
 torch.set_num_threads(1)
 runtime.set_threads(1)
 
-def resident(kind):
-    for line in open("/proc/self/status"):
-        if line.startswith(kind):
-            return int(line.split()[1]) * 1024
+def resident(*kinds):
+    lines = open("/proc/self/status").read().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(kinds))
 
 folder = Path(sys.argv[1])
 checkpoint = Checkpoint.open(folder)
 plan = resolve(ModelConfig.from_dir(folder), checkpoint, sys.argv[2])
-before, peak, mapped = resident("RssAnon"), 0, resident("RssFile")
-def watch(done, total):
+before, peak, mapped = resident("RssAnon", "RssShmem"), 0, resident("RssFile")
+done = threading.Event()
+def watch():  # on its own: what a weight needs for a moment is gone when progress is told
     global peak
-    peak = max(peak, resident("RssAnon"))
-weights = load_weights(plan, checkpoint, watch)
-peak = max(peak, resident("RssAnon"))
+    while not done.wait(0.0005):
+        peak = max(peak, resident("RssAnon", "RssShmem"))
+watcher = threading.Thread(target=watch)
+watcher.start()
+weights = load_weights(plan, checkpoint, None)
+done.set()
+watcher.join()
+peak = max(peak, resident("RssAnon", "RssShmem"))
 mapped = resident("RssFile") - mapped
 print(peak - before, plan.packed_nbytes(), plan.peak_nbytes(), mapped)
 """
