@@ -1,6 +1,7 @@
 """The offline interface, on a fake model."""
 
 import gc
+import sys
 import weakref
 from typing import Any
 
@@ -74,6 +75,22 @@ def test_outputs_can_be_watched() -> None:
         delta = GREEDY.replace(output_kind=RequestOutputKind.DELTA)
         llm.generate("a", delta, on_output=seen.append)
     assert [len(output.outputs[0].token_ids) for output in seen] == [1] * 5
+
+
+def test_a_bar_on_a_terminal_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    with LLM.from_loaded(make_loaded()) as llm:
+        llm.generate(["a", "b", "c"], GREEDY)
+        assert capsys.readouterr().err == ""
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+        llm.generate(["a", "b", "c"], GREEDY)
+        assert "answered prompts" in capsys.readouterr().err
+        llm.generate(["a", "b", "c"], GREEDY, use_tqdm=False)
+        llm.generate(["a", "b", "c"], GREEDY, on_output=lambda _: None)
+        llm.chat(messages, GREEDY, use_tqdm=False)
+        assert capsys.readouterr().err == ""
 
 
 def test_chat_renders_the_template() -> None:

@@ -1,8 +1,10 @@
 """The offline interface: a model, prompts in, answers out. Names follow vLLM's `LLM`."""
 
 import os
+import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -90,6 +92,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        use_tqdm: bool = True,
         priority: Sequence[int] | None = None,
         on_output: Callable[[RequestOutput], None] | None = None,
     ) -> list[RequestOutput]:
@@ -97,8 +100,9 @@ class LLM:
 
         A prompt is text, {"prompt": text} or {"prompt_token_ids": [...]}. `sampling_params` are
         one for all or one a prompt. `on_output` is called with every output as it comes (see
-        `SamplingParams.output_kind`). Raises RequestError before anything runs if one of the
-        prompts cannot be served.
+        `SamplingParams.output_kind`). `use_tqdm`: show on a terminal how many prompts are answered,
+        unless `on_output` does so. Raises RequestError before anything runs if one of the prompts
+        cannot be served.
         """
         batch = _as_list(prompts)
         if not batch:
@@ -111,7 +115,8 @@ class LLM:
             raise RequestError(
                 f"priority: expected one for each of {len(batch)} prompts, found {len(priority)}"
             )
-        with self._lock:
+        bar = _bar(len(batch)) if use_tqdm and on_output is None else nullcontext(_no_bar)
+        with self._lock, bar as advance:
             self.loaded  # noqa: B018 - raises once closed
             request_ids: list[str] = []
             finished: dict[str, RequestOutput] = {}
@@ -132,6 +137,7 @@ class LLM:
                             on_output(output)
                         if output.finished:
                             finished[output.request_id] = output
+                            advance()
             finally:
                 for request_id in request_ids:
                     self._engine.abort(request_id)
@@ -145,6 +151,7 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        use_tqdm: bool = True,
         on_output: Callable[[RequestOutput], None] | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or several, through the checkpoint's chat template.
@@ -163,7 +170,7 @@ class LLM:
             )
             for conversation in conversations
         ]
-        return self.generate(prompts, sampling_params, on_output=on_output)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, on_output=on_output)
 
     def chat_prompt(
         self,
@@ -218,6 +225,26 @@ class LLM:
                 f"sampling_params: expected a SamplingParams, or one for each of {count} prompts"
             )
         return found
+
+
+def _no_bar() -> None:
+    pass
+
+
+@contextmanager
+def _bar(total: int) -> Iterator[Callable[[], None]]:
+    """A bar of answered prompts on stderr, where that is a terminal; yields what moves it."""
+    if not sys.stderr.isatty():
+        yield _no_bar
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = ("answered prompts", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
