@@ -85,7 +85,9 @@ void act_quantize_row(const Act& a, int64_t m, const bf16* x, int64_t k) {
   if (i < k) top = vmax(top, vabs(vload_bf16_n(x + i, static_cast<int>(k - i))));
   const float s = vhmax(top) / 127.0f;
   a.scale[m] = s;
-  const vf vs = vset1(s > 0.0f ? s : 1.0f), lim = vset1(127.0f), neg = vset1(-127.0f);
+  const vf vs = vset1(s > 0.0f ? s : 1.0f), vinv = vdiv(vset1(1.0f), vs);
+  const bool tiny = s < 0x1p-120f;  // its inverse may be infinite
+  const vf lim = vset1(127.0f), neg = vset1(-127.0f);
   uint8_t* row = a.row(m);
   const int64_t kp = round_up(k, 64);
   for (i = 0; i < kp; i += 16) {
@@ -94,7 +96,11 @@ void act_quantize_row(const Act& a, int64_t m, const bf16* x, int64_t k) {
       v = vload_bf16(x + i);
     else if (i < k)
       v = vload_bf16_n(x + i, static_cast<int>(k - i));
-    const vf q = vmax(neg, vmin(lim, vround(vdiv(v, vs))));
+    // A product is as good as the quotient but next to a half, where the last bit decides.
+    const vf near = vmul(v, vinv);
+    vf whole = vround(near);
+    if (tiny || vbits(vge(vabs(vsub(near, whole)), vset1(0.4999f))) != 0) whole = vround(vdiv(v, vs));
+    const vf q = vmax(neg, vmin(lim, whole));
     vstore_i8act(reinterpret_cast<I8Act*>(row + i / 64 * a.block_stride) + i % 64, q);
   }
 }

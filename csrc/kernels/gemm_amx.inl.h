@@ -163,10 +163,10 @@ void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next
               fetch += lines * 64;
               _tile_loadd(4, a0 + j * kTileBytes, 64);
               _tile_loadd(6, b + j * kTileBytes, 64);
-              LC_DOT(0, 4, 6);
-              _tile_loadd(7, b + b_stride + j * kTileBytes, 64);
-              LC_DOT(1, 4, 7);
               _tile_loadd(5, a1 + j * kTileBytes, 64);
+              _tile_loadd(7, b + b_stride + j * kTileBytes, 64);
+              LC_DOT(0, 4, 6);
+              LC_DOT(1, 4, 7);
               LC_DOT(2, 5, 6);
               LC_DOT(3, 5, 7);
             }

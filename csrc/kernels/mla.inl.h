@@ -6,7 +6,7 @@
 namespace {
 
 constexpr int64_t kTileTokens = 128;   // tokens of the context that are attended at a time
-constexpr int64_t kSplitTokens = 512;  // tokens whose partial result is merged as one
+constexpr int64_t kSplitTokens = 512;  // tokens whose tiles are merged before they join the rest
 
 LC_INLINE const bf16* cache_row(const Cache& cache, const Places& at, int64_t seq, int64_t pos) {
   const int64_t block = at.block_tables[seq * at.table_width + pos / cache.block_size];
@@ -266,51 +266,73 @@ LC_INLINE void merge_state(const AttendState& acc, int64_t i, float max, float s
   acc.sum[i] = acc.sum[i] * exp1(acc.max[i] - m) + sum * exp1(max - m);
   acc.max[i] = m;
 }
+LC_INLINE void merge_states(const AttendState& acc, const AttendState& part, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r) merge_state(acc, r, part.max[r], part.sum[r], part.out + r * part.width);
+}
 
 // ---- decode: absorbed, in latent space ---------------------------------------------------------
 
-// How the (row, group of heads, split of the context) items are cut. `group` heads attend together:
-// many share the packing of a tile, few feed more threads. The cut never changes a result.
+// How the work is cut into items: a row's heads in groups, and its context in spans. `group` heads attend
+// together: many share the packing of a tile, few feed more threads. The cut never changes a result: each
+// tile is attended by itself, a split's tiles are merged in order, then a row's splits.
+enum class Span { kTile, kSplit, kRow };
 struct DecodeShape {
   int64_t group, groups;
-  bool by_split;  // few rows: splits of one row go to several threads and are merged afterwards
+  Span span;
+  int64_t items;
+
+  int64_t spans(int64_t context) const { return spans_of(span, context); }
+  static int64_t spans_of(Span span, int64_t context) {
+    if (span == Span::kRow) return 1;
+    return ceil_div(context, span == Span::kTile ? kTileTokens : kSplitTokens);
+  }
 };
 
 constexpr int64_t kMaxGroup = 64;
 
-LC_INLINE int64_t splits_of(int64_t context) { return ceil_div(context, kSplitTokens); }
-
-LC_INLINE bool may_split(const MlaDecodeArgs& a, int64_t group, int nt) {
-  return a.n * ceil_div(a.shape.heads, group) < 4 * nt;
+LC_INLINE int64_t spans_in(const MlaDecodeArgs& a, Span span) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < a.n; ++i) count += DecodeShape::spans_of(span, a.places.positions[i] + 1);
+  return count;
 }
+// Items enough for all threads, of spans as long as possible: what lies between them is stored.
 LC_INLINE DecodeShape decode_shape(const MlaDecodeArgs& a, int nt) {
-  int64_t splits = 0;
-  for (int64_t i = 0; i < a.n; ++i) splits += splits_of(a.places.positions[i] + 1);
-  const int64_t heads = a.shape.heads;
+  const int64_t heads = a.shape.heads, tiles = spans_in(a, Span::kTile);
   int64_t group = tmin(heads, kMaxGroup);
-  const auto items = [&] { return splits * ceil_div(heads, group); };
-  while (group > 16 && items() < 4 * nt) group = ceil_div(group, 2);
-  while (group > 2 && items() < 2 * nt) group = ceil_div(group, 2);
-  return {group, ceil_div(heads, group), may_split(a, group, nt)};
+  const auto groups = [&] { return ceil_div(heads, group); };
+  while (group > 16 && tiles * groups() < 2 * nt) group = ceil_div(group, 2);
+  while (group > 2 && tiles * groups() < nt) group = ceil_div(group, 2);
+  Span span = Span::kTile;
+  if (a.n * groups() >= 4 * nt)
+    span = Span::kRow;
+  else if (spans_in(a, Span::kSplit) * groups() >= 2 * nt)
+    span = Span::kSplit;
+  return {group, groups(), span, spans_in(a, span) * groups()};
+}
+// Most spans whose results are stored, for positions that are not known yet.
+LC_INLINE int64_t most_spans(const MlaDecodeArgs& a, int nt) {
+  const int64_t context = a.places.table_width * a.cache.block_size;
+  const int64_t tiles = a.n * DecodeShape::spans_of(Span::kTile, context);
+  const int64_t splits = a.n * DecodeShape::spans_of(Span::kSplit, context);
+  // Tiles are stored where there are fewer than 2 * nt splits, so at most 4 times as many tiles.
+  return tmax(splits, tmin(tiles, int64_t{8} * nt + a.n));
 }
 
 template <class Isa>
 struct MlaDecodePlan {
   int64_t group;  // most heads of an item
-  int64_t max_splits;
   int64_t width;  // latent, in whole panels
   int64_t q_bytes, scratch_bytes, act_bytes;
   bf16* zeros;  // a row a thread
   uint8_t *q, *keys, *values, *scratch;
-  float *part, *acc;         // a thread's states: max, sum, out of `group` rows
+  float *part, *split, *acc;  // a thread's states: max, sum, out of `group` rows
   int64_t state_floats;
-  float* stored;             // by_split: [n, heads, splits, width + 16] (sum, max behind the values)
+  float* stored;             // [spans, heads, width + 16] (sum, max behind the values)
   uint8_t* latent_act;       // [heads] prepared activations [n, latent]
 
   static int64_t state_size(int64_t rows, int64_t width) { return 2 * round_up(rows, 16) + rows * width; }
   MlaDecodePlan(Bump& b, const MlaDecodeArgs& a, int nt) {
     group = tmin(a.shape.heads, kMaxGroup);
-    max_splits = splits_of(a.places.table_width * a.cache.block_size);
     width = round_up(a.shape.latent, 16);
     q_bytes = act_size<Isa>(Format::BF16, group, a.cache.dim);
     scratch_bytes = round_up(attend_scratch_bytes<Isa>(group), 64);
@@ -322,8 +344,11 @@ struct MlaDecodePlan {
     scratch = b.take<uint8_t>(nt * scratch_bytes);
     state_floats = round_up(state_size(group, width), 16);
     part = b.take<float>(nt * state_floats);
+    split = b.take<float>(nt * state_floats);
     acc = b.take<float>(nt * state_floats);
-    stored = may_split(a, group, nt) ? b.take<float>(a.n * a.shape.heads * max_splits * (width + 16)) : nullptr;
+    stored = a.n * ceil_div(a.shape.heads, group) < 4 * nt
+                 ? b.take<float>(most_spans(a, nt) * a.shape.heads * (width + 16))
+                 : nullptr;
     latent_act = b.take<uint8_t>(a.shape.heads * act_bytes);
   }
   AttendState state(float* base, int tid) const {
@@ -331,8 +356,8 @@ struct MlaDecodePlan {
     const int64_t r = round_up(group, 16);
     return {s, s + r, s + 2 * r, width};
   }
-  float* slot(const MlaDecodeArgs& a, int64_t row, int64_t head, int64_t split) const {
-    return stored + ((row * a.shape.heads + head) * max_splits + split) * (width + 16);
+  float* slot(const MlaDecodeArgs& a, int64_t span, int64_t head) const {
+    return stored + (span * a.shape.heads + head) * (width + 16);
   }
 };
 
@@ -360,67 +385,92 @@ void mla_decode(const Ctx& ctx, const void* p) {
                     plan.values + ctx.tid * round_up(KvTile::value_bytes(plan.width), 64), dim, plan.width};
   const Act q = act_at<Isa>(Format::BF16, plan.q + ctx.tid * plan.q_bytes, plan.group, dim);
   const AttendScratch mem = attend_scratch<Isa>(plan.scratch + ctx.tid * plan.scratch_bytes, plan.group);
-  const AttendState part = plan.state(plan.part, ctx.tid), acc = plan.state(plan.acc, ctx.tid);
+  const AttendState part = plan.state(plan.part, ctx.tid), split = plan.state(plan.split, ctx.tid),
+                    acc = plan.state(plan.acc, ctx.tid);
 
-  // Items in order of (row, group, split); their cost is their tokens. A thread takes those whose
-  // middle falls into its share, so every thread finds the same cut.
-  int64_t total = 0;
-  for (int64_t i = 0; i < a.n; ++i) total += (a.places.positions[i] + 1) * d.groups;
-  int64_t before = 0;
-  for (int64_t i = 0; i < a.n; ++i) {
-    const int64_t context = a.places.positions[i] + 1, seq = a.places.row_seq[i];
-    const int64_t splits = splits_of(context);
-    for (int64_t g = 0; g < d.groups; ++g) {
-      const int64_t h0 = g * d.group, rows = tmin(d.group, heads - h0);
-      bool loaded = false;
-      for (int64_t s = 0; s < splits; ++s) {
-        const int64_t t0 = s * kSplitTokens, t1 = tmin(context, t0 + kSplitTokens);
-        const int64_t cost = d.by_split ? t1 - t0 : context;
-        const int64_t owner = tmin<int64_t>((2 * before + cost) * ctx.nt / (2 * total), ctx.nt - 1);
-        if (d.by_split || s + 1 == splits) before += cost;
-        if (owner != ctx.tid) continue;
-        if (!loaded) {
-          for (int64_t r = 0; r < rows; ++r)
-            act_prepare_row<Isa>(Format::BF16, q, r, a.q_latent + (i * heads + h0 + r) * dim, dim);
-          loaded = true;
-          if (!d.by_split) attend_reset(acc, rows);
-        }
-        attend_reset(part, rows);
-        for (int64_t t = t0; t < t1; t += kTileTokens) {
-          const int64_t tokens = tmin(kTileTokens, t1 - t);
-          const bf16* rows_at[kTileTokens];
-          for (int64_t j = 0; j < kTileTokens; ++j)
-            rows_at[j] = j < tokens ? cache_row(a.cache, a.places, seq, t + j) : zeros;
-          tile.pack(rows_at, rows_at, tokens);
-          attend_tile<Isa>(q, rows, tile, tokens, a.scale, [&](int64_t) { return tokens; }, mem, part);
-        }
-        for (int64_t r = 0; r < rows; ++r) {
-          const float* out = part.out + r * plan.width;
-          if (d.by_split) {
-            float* to = plan.slot(a, i, h0 + r, s);
-            std::memcpy(to, out, 4 * static_cast<size_t>(plan.width));
-            to[plan.width] = part.sum[r];
-            to[plan.width + 1] = part.max[r];
-          } else {
-            merge_state(acc, r, part.max[r], part.sum[r], out);
-          }
-        }
-        if (!d.by_split && s + 1 == splits)
-          for (int64_t r = 0; r < rows; ++r)
-            finish_latent<Isa>(a, plan, i, h0 + r, acc.out + r * plan.width, acc.sum[r]);
-      }
+  int64_t prepared_row = -1, prepared_head = -1;  // the queries in q
+  const auto run_item = [&](int64_t row, int64_t g, int64_t s, int64_t span) {
+    const int64_t context = a.places.positions[row] + 1, seq = a.places.row_seq[row];
+    const int64_t h0 = g * d.group, rows = tmin(d.group, heads - h0);
+    if (row != prepared_row || h0 != prepared_head) {
+      for (int64_t r = 0; r < rows; ++r)
+        act_prepare_row<Isa>(Format::BF16, q, r, a.q_latent + (row * heads + h0 + r) * dim, dim);
+      prepared_row = row;
+      prepared_head = h0;
     }
-  }
+    const auto attend = [&](int64_t t) {
+      attend_reset(part, rows);
+      const int64_t tokens = tmin(kTileTokens, context - t);
+      const bf16* rows_at[kTileTokens];
+      for (int64_t j = 0; j < kTileTokens; ++j)
+        rows_at[j] = j < tokens ? cache_row(a.cache, a.places, seq, t + j) : zeros;
+      tile.pack(rows_at, rows_at, tokens);
+      attend_tile<Isa>(q, rows, tile, tokens, a.scale, [&](int64_t) { return tokens; }, mem, part);
+    };
+    const auto attend_split = [&](int64_t t0) {
+      attend_reset(split, rows);
+      for (int64_t t = t0; t < tmin(context, t0 + kSplitTokens); t += kTileTokens) {
+        attend(t);
+        merge_states(split, part, rows);
+      }
+    };
+    if (d.span == Span::kRow) {
+      attend_reset(acc, rows);
+      for (int64_t t = 0; t < context; t += kSplitTokens) {
+        attend_split(t);
+        merge_states(acc, split, rows);
+      }
+      for (int64_t r = 0; r < rows; ++r)
+        finish_latent<Isa>(a, plan, row, h0 + r, acc.out + r * plan.width, acc.sum[r]);
+      return;
+    }
+    const bool tiles = d.span == Span::kTile;
+    if (tiles)
+      attend(s * kTileTokens);
+    else
+      attend_split(s * kSplitTokens);
+    const AttendState& done = tiles ? part : split;
+    for (int64_t r = 0; r < rows; ++r) {
+      float* to = plan.slot(a, span + s, h0 + r);
+      std::memcpy(to, done.out + r * plan.width, 4 * static_cast<size_t>(plan.width));
+      to[plan.width] = done.sum[r];
+      to[plan.width + 1] = done.max[r];
+    }
+  };
+  // Items in order of (row, group, span).
+  each_share(
+      ctx, 1, 1, [&](int64_t, int t) { return owned(d.items, t, ctx.nt, 0); },
+      [&](int, int64_t, int64_t begin, int64_t) {
+        int64_t row = 0, item = begin, span = 0;
+        for (;; ++row) {
+          const int64_t spans = d.spans(a.places.positions[row] + 1);
+          if (item < spans * d.groups) return run_item(row, item / spans, item % spans, span);
+          item -= spans * d.groups;
+          span += spans;
+        }
+      });
   ctx.barrier();
-  if (d.by_split) {
+  if (d.span != Span::kRow) {
     const Range r = owned(a.n * heads, ctx.tid, ctx.nt, 0);
+    int64_t span = 0, row = 0;
     for (int64_t u = r.begin; u < r.end; ++u) {
       const int64_t i = u / heads, h = u % heads;
+      for (; row < i; ++row) span += d.spans(a.places.positions[row] + 1);
+      const int64_t spans = d.spans(a.places.positions[i] + 1);
+      const int64_t joined = d.span == Span::kTile ? kSplitTokens / kTileTokens : 1;
       attend_reset(acc, 1);
-      const int64_t splits = splits_of(a.places.positions[i] + 1);
-      for (int64_t s = 0; s < splits; ++s) {
-        const float* from = plan.slot(a, i, h, s);
-        merge_state(acc, 0, from[plan.width + 1], from[plan.width], from);
+      for (int64_t s = 0; s < spans; s += joined) {
+        const auto merge = [&](const AttendState& into, int64_t from) {
+          const float* p = plan.slot(a, span + from, h);
+          merge_state(into, 0, p[plan.width + 1], p[plan.width], p);
+        };
+        if (joined == 1) {
+          merge(acc, s);
+          continue;
+        }
+        attend_reset(split, 1);
+        for (int64_t t = s; t < tmin(spans, s + joined); ++t) merge(split, t);
+        merge_states(acc, split, 1);
       }
       finish_latent<Isa>(a, plan, i, h, acc.out, acc.sum[0]);
     }
