@@ -222,21 +222,20 @@ void attend_tile(const Act& q, int64_t rows, const KvTile& kv, int64_t tokens, f
       top = vmax(top, v);
     }
     const float m = tmax(st.max[i], vhmax(top));
-    const float alpha = exp1(st.max[i] - m);
+    const float alpha = st.max[i] == m ? 1.0f : exp1(st.max[i] - m);
     vf sum = vset1(0.0f);
     const vf vm = vset1(m);
-    for (int64_t k = 0; k < width; k += 16) {
-      // Hidden tokens weigh nothing at all: exp of the clamped argument would leave a trace.
-      const int n = static_cast<int>(tmax<int64_t>(0, tmin<int64_t>(16, seen - k)));
-      vf e = vset1(0.0f);
-      if (n > 0) {
-        e = vexp(vsub(vload(s + k), vm));
-        if (n < 16) {
-          float t[16] = {};
-          vstore_n(t, e, n);
-          e = vload(t);
-        }
-      }
+    const int64_t whole = seen / 16 * 16;
+    for (int64_t k = 0; k < whole; k += 16) {
+      const vf e = vexp(vsub(vload(s + k), vm));
+      sum = vadd(sum, e);
+      act_store16<Isa>(probs, i, k, e);
+    }
+    // Hidden tokens weigh nothing at all: exp of the clamped argument would leave a trace.
+    for (int64_t k = whole; k < width; k += 16) {
+      float t[16] = {};
+      if (k < seen) vstore_n(t, vexp(vsub(vload(s + k), vm)), static_cast<int>(seen - k));
+      const vf e = vload(t);
       sum = vadd(sum, e);
       act_store16<Isa>(probs, i, k, e);
     }
