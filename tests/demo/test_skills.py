@@ -1,4 +1,4 @@
-"""What the demo model can do, through the engine: fresh problems of each skill, in bf16 and int8.
+"""What the demo model can do, through the engine: fresh problems of each skill, in each scheme.
 
 The floors are the project's own. The card's figures are transformers' (`demo/evaluate.py`); what is
 asked here is that our kernels and quantizers lose none of it.
@@ -77,7 +77,7 @@ SKILLS: dict[str, Skill] = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("scheme", ["auto", "w8a8_int8"])
+@pytest.mark.parametrize("scheme", ["auto", "w8a8_int8", "fp8"])
 def test_skills_stand_above_their_floors(scheme: str) -> None:
     params = SamplingParams(temperature=0, max_tokens=MAX_NEW, skip_special_tokens=False)
     found: dict[str, float] = {}
