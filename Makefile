@@ -1,8 +1,11 @@
-# make demo    installs latentcore into .venv and lets the bundled model speak
-# make test    installs what the tests need and runs them
-# make check   format, lint, types, import rules
-# make wheel   builds dist/latentcore-*.whl
-# make clean   removes .venv and everything built
+# make demo      installs latentcore into .venv and lets the bundled model speak
+# make test      installs what the tests need and runs them
+# make check     format, lint, types, import rules
+# make sanitize  the native library's tests with AddressSanitizer and UndefinedBehaviorSanitizer
+# make drift     breaks the contract in many ways, one at a time: each has to be noticed before any
+#                weight is read
+# make wheel     builds dist/latentcore-*.whl
+# make clean     removes .venv and everything built
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -22,7 +25,7 @@ unexport PYTHONPATH PYTHONHOME
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 MAKEFLAGS += --no-print-directory
 
-.PHONY: demo test check format wheel clean install
+.PHONY: demo test sanitize drift check format wheel clean install
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/package
@@ -30,6 +33,12 @@ demo: $(STAMPS)/package
 
 test: $(STAMPS)/test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+sanitize: $(STAMPS)/test
+	tools/sanitize.sh $(BIN)/python $(PYTEST_ARGS)
+
+drift: $(STAMPS)/dev
+	$(BIN)/python tests/drift/run.py
 
 check: $(STAMPS)/dev
 	$(BIN)/ruff format --check $(CHECKED)

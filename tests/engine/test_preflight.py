@@ -2,9 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +13,10 @@ from checkpoints import (
     Config,
     Entry,
     Sparse,
+    random_tensors,
     tensor_list,
     tiny_config,
+    write_checkpoint,
     write_config,
 )
 
@@ -70,49 +69,6 @@ STEPS = [
     "decode at the end of the longest sequence",
     "decode of 1 to 64 sequences",
 ]
-
-
-@pytest.mark.parametrize(
-    ("name", "fmt"),
-    [("v3", "bf16"), ("v3", "int8"), ("kimi-k2", "fp8"), ("v2", "bf16"), ("v2-lite", "bf16")],
-)
-def test_full_size_models_are_ready(tmp_path: Path, name: str, fmt: str) -> None:
-    _sparse(tmp_path, CONFIGS[name], fmt, 163)
-    start = time.process_time()
-    report = preflight(tmp_path, EngineConfig())
-    assert time.process_time() - start < 10
-    assert report.problems == []
-    assert report.ready
-    assert report.shards == len(list(tmp_path.glob("*.safetensors")))
-    assert report.memory is not None
-    assert report.memory.loading_peak == report.memory.weights
-    assert report.memory.cache_per_1000 == 1000 * 576 * 2 * CONFIGS[name]["num_hidden_layers"]
-    assert report.memory.max_model_len == CONFIGS[name]["max_position_embeddings"]
-    assert list(report.weight_bytes_per_token) == [1, 8, 32]
-    assert report.steps == STEPS
-
-
-MEASURE = """
-import json, resource, sys, time
-from pathlib import Path
-from latentcore.config import EngineConfig
-from latentcore.engine.preflight import preflight
-from latentcore.models import memory
-memory.available_memory = lambda: 4 * 10**12
-report = preflight(Path(sys.argv[1]), EngineConfig())
-print(json.dumps([report.problems, time.process_time(),
-                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
-"""
-
-
-def test_ninety_thousand_tensors_take_seconds_and_little_memory(tmp_path: Path) -> None:
-    _sparse(tmp_path, CONFIGS["v3"], "fp8", 163)
-    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    problems, seconds, kibibytes = json.loads(out)
-    assert problems == []
-    assert seconds < 10
-    assert kibibytes < 1.5 * 2**20
 
 
 def test_stale_or_missing_quantization_section_is_a_warning(tmp_path: Path) -> None:
@@ -246,6 +202,16 @@ def test_op_that_refuses_what_the_model_hands_it(
     assert "latentcore::rms_norm: argument 'x'" in problem
 
 
+def test_a_sampler_that_an_op_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def doubles(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float64)
+
+    _sparse(tmp_path, TINY, "bf16")
+    monkeypatch.setattr("latentcore.engine.native_sampler._float32", doubles)
+    (problem,) = preflight(tmp_path, ENGINE).problems
+    assert problem.startswith("the sampler and an op disagree: latentcore::penalize: argument 'rep")
+
+
 CORNERS = [
     EngineConfig(max_model_len=1, max_num_seqs=1),
     EngineConfig(max_model_len=2, max_num_seqs=2, max_num_batched_tokens=2),
@@ -306,6 +272,36 @@ def test_loading_runs_the_same_checks(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match="the file is cut off"):
         load_model(tmp_path, ENGINE)
+
+
+CODE = "import pathlib; pathlib.Path(__file__).with_name('has-run').touch()\n"
+
+
+def test_code_beside_the_weights_is_never_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Published checkpoints carry `auto_map` and modules: they are left alone, loading included."""
+    monkeypatch.undo()
+    names = {
+        "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+        "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+        "AutoTokenizer": ["tokenization_deepseek.Tokenizer", None],
+    }
+    config = {**TINY, "auto_map": names}
+    write_checkpoint(tmp_path, config, random_tensors(tensor_list(config, "bf16")))
+    _wordlevel(tmp_path, 300)
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": names, "tokenizer_class": "Tokenizer"})
+    )
+    modules = ("configuration_deepseek", "modeling_deepseek", "tokenization_deepseek", "__init__")
+    for module_name in (*modules, "sitecustomize", "torch", "tokenizers"):
+        (tmp_path / f"{module_name}.py").write_text(CODE)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02cos\nsystem\n")
+    monkeypatch.chdir(tmp_path)
+    assert preflight(tmp_path, ENGINE).problems == []
+    load_model(tmp_path, ENGINE).runner.close()
+    assert not (tmp_path / "has-run").exists()
+    assert not (tmp_path / "__pycache__").exists()
 
 
 def test_generation_defaults_and_templates_are_checked(tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
 )
 
+from latentcore.ops import runtime
 from latentcore.quant.packed import Format, PackedWeight, packed_nbytes
 from tests.ops import schemas
-from tests.ops.samples import SAMPLES, Sample, bits
+from tests.ops.samples import EAGER_ONLY, SAMPLES, Sample, bits
 
 TENSOR_OPS = schemas.TENSOR_OPS
 
@@ -129,6 +130,20 @@ def test_what_is_marked_is_written_and_nothing_else(name: str) -> None:
             if not torch.equal(bits(value), before[key]):
                 changed.add(key)
     assert changed == marked(name)
+
+
+# ---- capture ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EAGER_ONLY)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_an_op_that_runs_at_once_refuses_a_capture(name: str, device: str) -> None:
+    """With data and without, so that `preflight` sees it too."""
+    arguments = schemas.expanded(name, SAMPLES[name][0].case().fresh())
+    moved = [v.to(device) if isinstance(v, torch.Tensor) else v for v in arguments.values()]
+    expected = f"latentcore::{name}: argument '{EAGER_ONLY[name]}': expected eager execution"
+    with pytest.raises(RuntimeError, match=expected), runtime.Graph.capture():
+        schemas.op(name)(*moved)
 
 
 # ---- opcheck and Meta --------------------------------------------------------------------------

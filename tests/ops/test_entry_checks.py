@@ -391,6 +391,21 @@ def test_a_float_or_a_scale_is_no_weight(op: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(("op", "name"), WEIGHTS)
+def test_every_size_of_a_weight_is_compared(op: str, name: str) -> None:
+    """Each on its own, on the first sample: the random search above may miss one."""
+    case = SAMPLES[op][0].case()
+    w = case.arguments[name]
+    sides = {"batch": w.batch, "parts": w.parts, "rows": w.rows, "cols": w.cols}
+    for side, size in sides.items():
+        if op == "init_packed" or (op, name, side) in FREE or (side == "parts" and size == 2):
+            continue
+        other = PackedWeight.allocate(w.format, *(sides | {side: size + 1}).values())
+        found = message(lambda v=other: case.call(**case.fresh() | {name: v}))  # type: ignore[misc]
+        assert found is not None, f"{side} {size + 1} passed"
+        assert found.startswith(f"latentcore::{op}: argument '"), found
+
+
+@pytest.mark.parametrize(("op", "name"), WEIGHTS)
 def test_a_float_is_no_tensor_below_the_wrapper_either(op: str, name: str) -> None:
     arguments = schemas.expanded(op, SAMPLES[op][0].case().fresh())
     for key in (name, name + "_desc"):

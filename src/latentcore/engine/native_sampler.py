@@ -111,6 +111,7 @@ class NativeSampler:
 
     def _draw(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
         token_ids = torch.empty(len(rows), dtype=torch.int32)
+        counters = [len(row.token_ids) - row.num_prompt_tokens for row in rows]
         sampling.sample(
             logits,
             _float32([row.params.temperature for row in rows]),
@@ -118,9 +119,7 @@ class NativeSampler:
             _float32([row.params.top_p for row in rows]),
             _float32([row.params.min_p for row in rows]),
             torch.tensor([_signed(row.seed) for row in rows], dtype=torch.int64),
-            torch.tensor(
-                [len(row.token_ids) - row.num_prompt_tokens for row in rows], dtype=torch.int64
-            ),
+            torch.tensor(counters, dtype=torch.int64),
             token_ids,
             torch.empty(len(rows), dtype=torch.float32),
         )

@@ -17,6 +17,9 @@ import torch
 from latentcore.config import EngineConfig, GenerationDefaults, ModelConfig
 from latentcore.engine.bandwidth import machine_read_bandwidth
 from latentcore.engine.chat import ChatTemplate
+from latentcore.engine.native_sampler import NativeSampler
+from latentcore.engine.sampler import SampleRow
+from latentcore.engine.sampling_params import SamplingParams
 from latentcore.engine.tokenizer import Tokenizer
 from latentcore.errors import (
     CheckpointError,
@@ -33,6 +36,7 @@ from latentcore.layers.step import Buffers, Limits
 from latentcore.models import memory
 from latentcore.models.checkpoint import Checkpoint
 from latentcore.models.dryrun import ContractError, dry_run
+from latentcore.models.logits import StepLogits
 from latentcore.models.packed_cache import PackState, pack_state
 from latentcore.models.resolve import ModelPlan, resolve
 from latentcore.models.runner import cache_bytes_per_token, plan_limits
@@ -355,6 +359,40 @@ def check_model_code(inspection: Inspection) -> None:
         inspection.problem(error)
 
 
+def check_sampler(inspection: Inspection) -> None:
+    """Every op of the sampler takes what it is handed: a token is drawn from made-up logits, with
+    every parameter in use."""
+    config = inspection.config
+    if config is None or inspection.report.tier is None:
+        return
+    vocab = config.vocab_size
+    values = torch.linspace(-4.0, 4.0, vocab).repeat(2, 1)
+    logits = StepLogits(values, torch.full((2,), vocab - 1, dtype=torch.int32))
+    params = SamplingParams(
+        temperature=0.7,
+        top_p=0.9,
+        top_k=5,
+        min_p=0.01,
+        repetition_penalty=1.1,
+        presence_penalty=0.1,
+        frequency_penalty=0.1,
+        logit_bias={0: 1.0},
+        logprobs=1,
+    )
+    everything = torch.full((1, -(-vocab // 32)), -1, dtype=torch.int32)
+    rows = [
+        SampleRow(
+            params, seed=1, token_ids=[0, vocab - 1], num_prompt_tokens=1, allowed=everything
+        ),
+        SampleRow(SamplingParams(temperature=0.0), seed=2, token_ids=[0], num_prompt_tokens=1),
+    ]
+    try:
+        NativeSampler(vocab).sample(logits, rows)
+    except Exception as error:
+        message = (str(error) or type(error).__name__).splitlines()[0]
+        inspection.problem(ContractError(f"the sampler and an op disagree: {message}"))
+
+
 Check = Callable[[Inspection], None]
 
 CHECKS: tuple[Check, ...] = (
@@ -365,6 +403,7 @@ CHECKS: tuple[Check, ...] = (
     check_tokenizer,
     check_memory,
     check_model_code,
+    check_sampler,
 )
 """What `preflight` runs. Later checks may use what earlier ones left in the Inspection."""
 

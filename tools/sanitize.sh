@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Runs the tests of the native library built with AddressSanitizer and UndefinedBehaviorSanitizer.
+# Usage: sanitize.sh PYTHON [PYTEST_ARGUMENT...]
+#
+# The library goes to build/sanitize with a copy of the package beside it; nothing installed changes.
+# A finding ends the program: its report is printed at the end.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python=$(command -v "$1")
+shift
+PATH=$(dirname "$python"):$PATH
+cxx=${CXX:-g++}
+build=$PWD/build/sanitize
+library() {
+  local path
+  path=$("$cxx" -print-file-name="$1")
+  [ -e "$path" ] || { echo "error: $cxx has no $1: install the sanitizers' libraries" >&2; exit 1; }
+  echo "$path"
+}
+# Python itself is not sanitized, so the run-time has to be there before it; with it the C++ library,
+# or exceptions would pass it by.
+preload="$(library libasan.so) $(library libstdc++.so.6)"
+
+cmake -S . -B "$build" -G Ninja -DCMAKE_CXX_COMPILER="$cxx" -DPython_EXECUTABLE="$python" \
+  -DLATENTCORE_SANITIZE=ON >/dev/null
+ninja -C "$build"
+rm -rf "$build/package" "$build"/report.*
+mkdir -p "$build/package"
+cp -r src/latentcore "$build/package/"
+rm -f "$build"/package/latentcore/_C*.so
+cp "$build/_C.abi3.so" "$build/package/latentcore/"
+
+export PYTHONPATH=$build/package
+# Python never gives back what lives as long as it does; torch asks for more memory than there is and
+# takes no for an answer.
+export ASAN_OPTIONS=log_path=$build/report:detect_leaks=0:allocator_may_return_null=1
+export UBSAN_OPTIONS=log_path=$build/report:print_stacktrace=1
+if [ $# -eq 0 ]; then
+  set -- tests/ops tests/quant tests/models/test_runner.py tests/engine/test_native_sampler.py
+fi
+status=0
+LD_PRELOAD=$preload python -m pytest -m "not (slow or peers)" -p no:cacheprovider "$@" || status=$?
+for report in "$build"/report.*; do
+  [ -e "$report" ] || continue
+  head -n 60 "$report" >&2
+  status=1
+done
+exit $status
