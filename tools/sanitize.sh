@@ -22,9 +22,10 @@ library() {
 # or exceptions would pass it by.
 preload="$(library libasan.so) $(library libstdc++.so.6)"
 
-cmake -S . -B "$build" -G Ninja -DCMAKE_CXX_COMPILER="$cxx" -DPython_EXECUTABLE="$python" \
-  -DLATENTCORE_SANITIZE=ON >/dev/null
+CXX=$cxx cmake -S . -B "$build" -G Ninja -DPython_EXECUTABLE="$python" -DLATENTCORE_SANITIZE=ON \
+  >/dev/null
 ninja -C "$build"
+grep -q __asan_report "$build/_C.abi3.so" || { echo "error: $build is not sanitized" >&2; exit 1; }
 rm -rf "$build/package" "$build"/report.*
 mkdir -p "$build/package"
 cp -r src/latentcore "$build/package/"
@@ -36,11 +37,10 @@ export PYTHONPATH=$build/package
 # takes no for an answer.
 export ASAN_OPTIONS=log_path=$build/report:detect_leaks=0:allocator_may_return_null=1
 export UBSAN_OPTIONS=log_path=$build/report:print_stacktrace=1
-if [ $# -eq 0 ]; then
-  set -- tests/ops tests/quant tests/models/test_runner.py tests/engine/test_native_sampler.py
-fi
 status=0
-LD_PRELOAD=$preload python -m pytest -m "not (slow or peers)" -p no:cacheprovider "$@" || status=$?
+LD_PRELOAD=$preload python -m pytest -m "not (slow or peers)" -p no:cacheprovider \
+  tests/ops tests/quant tests/models/test_runner.py tests/engine/test_native_sampler.py "$@" ||
+  status=$?
 for report in "$build"/report.*; do
   [ -e "$report" ] || continue
   head -n 60 "$report" >&2
