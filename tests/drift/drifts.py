@@ -52,7 +52,7 @@ FFN = "src/latentcore/layers/ffn.py"
 STEP = "src/latentcore/layers/step.py"
 DECODER = "src/latentcore/models/deepseek.py"
 RUNNER = "src/latentcore/models/runner.py"
-LOADER = "src/latentcore/models/loader.py"
+PARTS = "src/latentcore/models/parts.py"
 SAMPLER = "src/latentcore/engine/native_sampler.py"
 PACKED = "src/latentcore/quant/packed.py"
 
@@ -170,11 +170,11 @@ DRIFTS = (
     ),
     # Weights
     drift(
-        "loading lays out w_kc the other way round",
+        "w_kc is laid out the other way round",
         (
-            LOADER,
-            "PackedWeight.allocate(plan.format, plan.heads, 1, plan.rank, plan.nope)",
-            "PackedWeight.allocate(plan.format, plan.heads, 1, plan.nope, plan.rank)",
+            PARTS,
+            "kv_b.heads, 1, kv_b.rank, kv_b.nope)",
+            "kv_b.heads, 1, kv_b.nope, kv_b.rank)",
         ),
     ),
     drift(

@@ -10,8 +10,8 @@ from checkpoints import CONFIGS, Config, random_tensors, tensor_list, tiny_confi
 
 from latentcore.config import ModelConfig
 from latentcore.models.checkpoint import Checkpoint
-from latentcore.models.dryrun import fake_weights
 from latentcore.models.loader import load_weights
+from latentcore.models.parts import Meta, assemble, parts_of
 from latentcore.models.resolve import resolve
 from latentcore.quant.packed import PackedWeight
 
@@ -54,4 +54,6 @@ def test_fake_weights_are_shaped_as_loaded_ones(
     write_checkpoint(tmp_path, config, random_tensors(tensor_list(config, fmt)))
     with Checkpoint.open(tmp_path) as checkpoint:
         plan = resolve(ModelConfig.from_dir(tmp_path), checkpoint, quantization)
-        assert shape(fake_weights(plan)) == shape(load_weights(plan, checkpoint, None))
+        assert shape(assemble(parts_of(plan, Meta()))) == shape(
+            load_weights(plan, checkpoint, None)
+        )
