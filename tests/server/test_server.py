@@ -1,7 +1,9 @@
 """The server in a real process, driven by the official client."""
 
 import json
+import re
 import threading
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -377,6 +379,15 @@ def test_metrics_count(client: openai.OpenAI, server: ServerProcess) -> None:
     for name in ("time_to_first_token_seconds_count", "e2e_request_latency_seconds_count"):
         assert server.metric(name) >= 2
     server.wait_idle()
+
+
+def test_the_dashboard_shows_metrics_that_exist(server: ServerProcess) -> None:
+    dashboard = (Path(__file__).parents[2] / "docs" / "grafana.json").read_text()
+    shown = set(re.findall(r"latentcore:\w+", dashboard))
+    text = httpx2.get(f"{server.url}/metrics").text
+    served = set(re.findall(r"^latentcore:\w+", text, re.MULTILINE))
+    assert len(shown) > 15
+    assert shown <= served
 
 
 def status_of(server: ServerProcess, path: str, **options: Any) -> tuple[int, dict[str, Any]]:

@@ -62,6 +62,9 @@ class Metrics:
             ["model_name", "finished_reason"],
             registry=self._registry,
         )
+        # There from the start, at 0, so that rates and dashboards have something to show.
+        for reason in ("stop", "length", "abort"):
+            self._success.labels(**labels, finished_reason=reason)
         self._failed = counter("request_failure", "Requests lost to a failed step.")
         self._share = Gauge(
             "latentcore:read_bandwidth_share",
