@@ -18,10 +18,12 @@ struct alignas(64) TileConfig {
   uint8_t rows[16];
 };
 
+// Rows of this thread's tiles; 0 where they may be of any shape or none.
+thread_local int configured_rows = 0;
+
 // Tiles 0..3 accumulate, 4..5 hold activations (`rows` of them), 6..7 weights.
 LC_INLINE void configure_tiles(int rows) {
-  static thread_local int configured = 0;
-  if (configured == rows) return;
+  if (configured_rows == rows) return;
   static thread_local TileConfig config;
   std::memset(&config, 0, sizeof config);
   config.palette = 1;
@@ -32,7 +34,7 @@ LC_INLINE void configure_tiles(int rows) {
   __asm__ volatile("" : : "r"(&config) : "memory");
   _tile_loadconfig(&config);
   __asm__ volatile("" : : "r"(&config) : "memory");
-  configured = rows;
+  configured_rows = rows;
 }
 
 // FP8 by few rows on vector registers, in the order in which TDPBF16PS adds up a tile (Intel SDM): even
@@ -77,6 +79,8 @@ struct AmxUnit<Format::FP8> {
 
 struct Amx : Avx512<true, true> {
   static constexpr bool kTiles = true;
+  // Other libraries that ran on this thread since the last kernel may have released its tiles.
+  static void enter() { configured_rows = 0; }
   template <Format F>
   using Unit = typename AmxUnit<F>::Type;
   template <Format F>

@@ -194,6 +194,7 @@ LC_INLINE void interleave_rows(const bf16* a, const bf16* b, uint8_t* dst) {
 struct Avx2 {
   static constexpr bool kBf16Act = false;
   static constexpr bool kTiles = false;
+  static void enter() {}
   template <Format F>
   static constexpr int max_rows(int np) {
     return np == 4 ? 0 : np == 2 ? 1 : 3;

@@ -142,6 +142,7 @@ template <bool HasBf16, bool HasVbmi>
 struct Avx512 {
   static constexpr bool kBf16Act = HasBf16;  // bf16-like formats take bf16 activations, else fp32
   static constexpr bool kTiles = false;
+  static void enter() {}  // at the start of every kernel
   // Most rows of a register tile of `np` panels.
   template <Format F>
   static constexpr int max_rows(int np) {

@@ -511,3 +511,14 @@ def test_last_level_cache_is_what_the_system_lists() -> None:
 @pytest.mark.parametrize("fmt", Format, ids=lambda f: f.name)
 def test_peak_ops(main_tier: str, fmt: Format) -> None:
     assert 1e8 < runtime.peak_ops(fmt, 0.01) < 1e15
+
+
+@pytest.mark.skipif("amx" not in runtime.cpu_features(), reason="this CPU lacks amx")
+def test_tiles_that_another_library_released_are_set_up_again() -> None:
+    """PyTorch's own bf16 products configure and release the calling thread's tiles."""
+    job = linear_job(Format.INT8, n=40)
+    with runtime.forced_tier("amx"):
+        before = job.alone()
+        for shape in (64, 300):
+            torch.randn(shape, shape).to(BF16) @ torch.randn(shape, shape).to(BF16)
+            assert torch.equal(bits(job.alone()), bits(before))
