@@ -61,7 +61,7 @@ SCHEMES = {"bf16": "bf16", "int8": "w8a8_int8", "fp8": "fp8"}
     ],
 )
 def test_published_checkpoints_are_ready(tmp_path: Path, name: str, fmt: str) -> None:
-    """With little memory. How long it takes is measured by benchmarks/preflight.py."""
+    """With little memory."""
     config = CONFIGS[name]
     tensors = tensor_list(config, fmt)
     Sparse.plan(config, tensors, SHARDS).write(tmp_path)
@@ -154,7 +154,14 @@ IN_TENSORS: dict[str, tuple[str, Callable[[Sparse], None], list[str]]] = {
         _entry(f"{ATTN}.kv_b_proj.weight", "BF16", 127 * 256, 512),
         [f"{ATTN}.kv_b_proj.weight: expected shape [32768, 512], found [32512, 512]"],
     ),
-    "tensor twice": ("fp8", _twice, ["tensor model.norm.weight: stands twice, in model-00001"]),
+    "tensor twice": (
+        "fp8",
+        _twice,
+        [
+            "tensor model.norm.weight: stands twice, in model-00001",
+            f"by {INDEX_NAME}, found in model-00001",
+        ],
+    ),
     "index elsewhere": (
         "fp8",
         _index_elsewhere,
