@@ -134,7 +134,7 @@ void act_copy_row(Format f, const Act& a, int64_t from, int64_t to, int64_t k) {
   }
   if (f == Format::INT8) a.scale[to] = a.scale[from];
 }
-// The same from fp32, for bf16-like formats; `column_scale` (may be null) multiplies first.
+// One row of fp32 activations, for bf16-like formats; `column_scale` (may be null) multiplies first.
 template <class Isa>
 void act_prepare_row_f32(const Act& a, int64_t m, const float* x, const float* column_scale, int64_t k) {
   const int64_t kp = round_up(k, 32);
