@@ -88,6 +88,13 @@ struct Amx : Avx512<true, true> {
     if (F == Format::FP8) return np == 4 ? 1 : 4;
     return Avx512<true, true>::max_rows<F>(np);
   }
+  // Panels side by side and what is fetched as they were measured on processors with AMX, where four streams
+  // are read as fast as one.
+  template <Format F>
+  static constexpr int panels_at(int64_t rows) {
+    return rows <= max_rows<F>(4) ? 4 : 2;
+  }
+  static constexpr Fetch fetch(int, int) { return {2048, true}; }
   // Rows up to which a product runs on vector registers, with the same bits as on tiles: int8 sums
   // are exact, FP8 keeps the tiles' order.
   template <Format F>

@@ -143,6 +143,7 @@ LC_INLINE int vpack(float* p, vm m, vf a) {
   return n + half(p + n, m.hi, a.hi);
 }
 LC_INLINE void vprefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+LC_INLINE void vprefetch_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 // int8 activations as int16, without bias: `vpmaddubsw` would saturate on products of u8 and s8.
 using I8Act = int16_t;
@@ -197,8 +198,14 @@ struct Avx2 {
   static void enter() {}
   template <Format F>
   static constexpr int max_rows(int np) {
-    return np == 4 ? 0 : np == 2 ? 1 : 3;
+    return np == 1 ? 3 : 0;
   }
+  // Panels that rows pass over side by side: one stream is what is read fastest, and registers are few.
+  template <Format F>
+  static constexpr int panels_at(int64_t) {
+    return 1;
+  }
+  static constexpr Fetch fetch(int, int) { return {4096, true}; }
 
   LC_INLINE __m256 madd(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 

@@ -82,6 +82,7 @@ LC_INLINE int vpack(float* p, vm m, vf a) {
   return __builtin_popcount(m.m);
 }
 LC_INLINE void vprefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+LC_INLINE void vprefetch_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 // Stores round(v) as the int8 activation form of this tier: unsigned, +128.
 using I8Act = uint8_t;
@@ -147,6 +148,18 @@ struct Avx512 {
   template <Format F>
   static constexpr int max_rows(int np) {
     return np == 4 ? 6 : 12;
+  }
+  // Panels that `rows` rows pass over side by side. A processor reads one stream faster than several
+  // (Zen 4: four reach 0.8 of what one does), but byte codes that are widened wait too long in one chain of
+  // sums, and many rows share the loads of their activations.
+  template <Format F>
+  static constexpr int panels_at(int64_t rows) {
+    if (rows > 6) return 2;
+    return F == Format::FP8 || F == Format::INT8_WIDE ? 4 : 1;
+  }
+  // Where a line waits for many products, the second-level cache must be well ahead of them.
+  static constexpr Fetch fetch(int m, int np) {
+    return np == 1 && m <= 4 ? Fetch{4096, true} : Fetch{8192, false};
   }
 
   LC_INLINE WideLine widen_fp8(__m512i codes) {

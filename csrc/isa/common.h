@@ -30,6 +30,12 @@ constexpr T tmax(T a, T b) {
   return a < b ? b : a;
 }
 
+// How far ahead of their use weights are fetched, and whether into the first-level cache or the second.
+struct Fetch {
+  int64_t bytes;
+  bool near;
+};
+
 LC_INLINE float bf16_to_float(bf16 v) {
   const uint32_t bits = static_cast<uint32_t>(v) << 16;
   float f;

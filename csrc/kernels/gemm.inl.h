@@ -179,15 +179,20 @@ void tile(const Act& a, const uint8_t* w, int64_t panel_stride, int64_t blocks, 
   for (int m = 0; m < M; ++m) row[m] = a.base + m * a.row_stride;
   const int64_t step = a.block_stride;
   constexpr int64_t kBlockBytes = kLines * 64;
+  constexpr Fetch kFetch = Isa::fetch(M, NP);
+  const int64_t turn = fetch.turn - (kFetch.bytes - kPrefetchBytes) / kBlockBytes;
   for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t ahead = kPrefetchBytes + (b < fetch.turn ? 0 : fetch.jump);
+    const int64_t ahead = kFetch.bytes + (b < turn ? 0 : fetch.jump);
 #pragma GCC unroll 4
     for (int u = 0; u < kLines; ++u) {
       typename U::Line line[NP];
       LC_UNROLL
       for (int p = 0; p < NP; ++p) {
         const uint8_t* src = w + p * panel_stride + u * 64;
-        if constexpr (M <= 6) vprefetch(src + ahead);
+        if constexpr (kFetch.near)
+          vprefetch(src + ahead);
+        else
+          vprefetch_l2(src + ahead);
         line[p] = U::load(src);
       }
       LC_UNROLL
@@ -414,12 +419,7 @@ void vector_product(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next
     if (m > kWidenRows) return widened_product<Isa>(w, p0, p1, next, a, m, sink);
   }
   alignas(64) float c[12 * kTileCols];
-  // Panels a register tile: as many as still hold all rows, else two (one where registers are few).
-  int reg = 1;
-  if (Isa::template max_rows<F>(4) >= m)
-    reg = 4;
-  else if (Isa::template max_rows<F>(2) >= m || Isa::template max_rows<F>(2) >= Isa::template max_rows<F>(1))
-    reg = 2;
+  const int reg = Isa::template panels_at<F>(m);  // panels of a register tile
   const int64_t cap = Isa::template max_rows<F>(reg);
   const int64_t rows = ceil_div(m, ceil_div(m, cap));
   const int group = tmax(reg, multiple);
