@@ -5,13 +5,27 @@ let messages = [];
 let running = null;
 
 const byId = (id) => document.getElementById(id);
-const log = byId("log"), input = byId("input"), statusLine = byId("status");
+const log = byId("log"), input = byId("input"), empty = byId("empty"), statusLine = byId("status");
 const settings = byId("sampling").elements;
 
-function element(tag, className, text) {
+const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed"];
+const EXAMPLE_TOOLS = [{
+  type: "function",
+  function: {
+    name: "get_weather",
+    description: "Get the current weather for a city.",
+    parameters: {
+      type: "object",
+      properties: { city: { type: "string", description: "Name of the city" } },
+      required: ["city"],
+    },
+  },
+}];
+
+function element(tag, className, ...children) {
   const node = document.createElement(tag);
   if (className) node.className = className;
-  if (text !== undefined) node.textContent = text;
+  node.append(...children);
   return node;
 }
 
@@ -21,41 +35,81 @@ function headers() {
   return found;
 }
 
+// What is shown
+
 function nearEnd() {
   return log.scrollHeight - log.scrollTop - log.clientHeight < 80;
 }
 
-function addTurn(role, text) {
-  const turn = element("section", `turn ${role}`);
-  const body = element("div", "body", text || "");
-  turn.append(body);
-  log.append(turn);
+function toEnd() {
   log.scrollTop = log.scrollHeight;
+}
+
+// Text, with code set apart where it stands between backticks. Nothing is ever read as HTML.
+function showText(body, text) {
+  const parts = text.split(/^```.*\n?/m);
+  body.replaceChildren(...parts.flatMap((part, index) => {
+    if (index % 2) return [element("pre", "", element("span", "", part.replace(/\n$/, "")))];
+    const shown = index ? part.replace(/^\n+/, "") : part;
+    const kept = index + 1 < parts.length ? shown.replace(/\n+$/, "") : shown;
+    if (!kept) return [];
+    const pieces = kept.split(/`([^`\n]+)`/).map((piece, odd) => odd % 2 ? element("code", "", piece) : piece);
+    return [element("div", "text", ...pieces)];
+  }));
+}
+
+function addTurn(role, text) {
+  empty.hidden = true;
+  const body = element("div", "body");
+  const turn = element("section", `turn ${role}`, body);
+  turn.setAttribute("aria-label", { user: "You", assistant: "The model", tool: "A tool's result" }[role]);
+  if (text) showText(body, text);
+  log.append(turn);
+  toEnd();
   return { turn, body };
 }
 
 function addReasoning(view) {
-  const box = element("details", "reasoning");
-  box.append(element("summary", "", "Reasoning"), element("div"));
-  view.turn.prepend(box);
-  return box;
+  const title = element("summary", "", "Reasoning…");
+  const text = element("div");
+  view.turn.prepend(element("details", "reasoning", title, text));
+  return { title, text };
 }
 
 function addCall(view, call) {
-  const box = element("div", "call");
-  const text = element("div");
-  box.append(text);
+  const asked = element("div", "asked");
+  const box = element("div", "call", element("div", "quiet", "Tool call"), asked);
   view.turn.append(box);
-  return { box, text, show: () => { text.textContent = `${call.function.name}(${call.function.arguments})`; } };
+  const show = () => asked.replaceChildren(
+    element("span", "name", call.function.name), `(${call.function.arguments})`);
+  return { box, show };
+}
+
+function addMeta(view, parts) {
+  view.turn.append(element("p", "meta quiet", parts.filter(Boolean).join(" · ")));
+}
+
+// What went wrong, in words for who sits before the page, and a way to try again.
+function addFault(view, fault) {
+  const again = element("button", "", "Try again");
+  again.type = "button";
+  again.addEventListener("click", () => {
+    if (running) return;
+    view.turn.remove();
+    answer();
+  });
+  const box = element("div", "fault",
+    element("div", "", element("strong", "", fault.title), element("span", "", fault.message)), again);
+  box.setAttribute("role", "alert");
+  view.turn.append(box);
 }
 
 // A tool's result is typed in by hand: this page runs nothing on anyone's behalf.
 function askForResult(box, call) {
-  const form = element("form");
   const result = element("input");
-  result.placeholder = "result of this call";
+  result.placeholder = "What this call returns";
   result.setAttribute("aria-label", `Result of ${call.function.name}`);
-  form.append(result, element("button", "", "Return"));
+  const form = element("form", "", result, element("button", "", "Return"));
   box.append(form);
   form.addEventListener("submit", (event) => {
     event.preventDefault();
@@ -65,8 +119,36 @@ function askForResult(box, call) {
     const asked = messages.findLast((message) => message.tool_calls);
     const answered = messages.filter((message) => message.role === "tool").map((m) => m.tool_call_id);
     if (asked.tool_calls.every((one) => answered.includes(one.id))) answer();
+    else log.querySelector(".call form input").focus();
   });
-  result.focus();
+}
+
+// What goes to the server and comes back
+
+class Fault extends Error {
+  constructor(title, text) {
+    super(text);
+    this.title = title;
+  }
+}
+
+async function refusal(response) {
+  let text = `The server answered with status ${response.status}.`;
+  try {
+    text = (await response.json()).error.message;
+  } catch {
+    // Not OpenAI's form: something between this page and the server answered.
+  }
+  if (response.status === 401) {
+    byId("settings").open = true;
+    settings.key.focus();
+    return new Fault("The server asks for a key", "Put the API key into the settings.");
+  }
+  if (response.status === 429) {
+    const seconds = response.headers.get("Retry-After");
+    return new Fault("The server is busy", seconds ? `${text} (in ${seconds} s or later)` : text);
+  }
+  return new Fault(response.status >= 500 ? "The server failed" : "The request was refused", text);
 }
 
 function requestBody() {
@@ -77,7 +159,7 @@ function requestBody() {
     stream_options: { include_usage: true },
     chat_template_kwargs: { thinking: byId("thinking").checked },
   };
-  for (const name of ["temperature", "top_p", "top_k", "max_tokens", "seed"]) {
+  for (const name of NUMBERS) {
     if (settings[name].value !== "") body[name] = Number(settings[name].value);
   }
   if (settings.tools.value.trim()) body.tools = JSON.parse(settings.tools.value);
@@ -89,7 +171,7 @@ async function* serverEvents(response) {
   let buffer = "";
   for (;;) {
     const { value, done } = await reader.read();
-    if (done) return;
+    if (done) throw new TypeError("the stream ended early");
     buffer += value;
     let end;
     while ((end = buffer.indexOf("\n\n")) >= 0) {
@@ -101,14 +183,15 @@ async function* serverEvents(response) {
   }
 }
 
+// Returns whether the delta held anything of the answer.
 function takeDelta(delta, message, view) {
   if (delta.reasoning_content) {
     view.reasoning ??= addReasoning(view);
-    view.reasoning.lastChild.textContent += delta.reasoning_content;
+    view.reasoning.text.append(delta.reasoning_content);
   }
   if (delta.content) {
     message.content += delta.content;
-    view.body.textContent = message.content;
+    showText(view.body, message.content);
   }
   for (const part of delta.tool_calls || []) {
     message.tool_calls ??= [];
@@ -118,120 +201,180 @@ function takeDelta(delta, message, view) {
     call.function.arguments += part.function.arguments || "";
     view.calls[part.index].show();
   }
+  if (view.reasoning && !view.thought && (delta.content || delta.tool_calls)) {
+    view.thought = (performance.now() - view.first) / 1000;
+    view.reasoning.title.textContent = `Reasoned for ${view.thought.toFixed(1)} s`;
+  }
+  return Boolean(delta.reasoning_content || delta.content || delta.tool_calls);
+}
+
+function setRunning(controller) {
+  running = controller;
+  // The focus must not fall off the page with the button that had it.
+  const held = document.activeElement === byId("stop") || document.activeElement === byId("send");
+  byId("send").hidden = Boolean(controller);
+  byId("stop").hidden = !controller;
+  log.setAttribute("aria-busy", String(Boolean(controller)));
+  if (held) (controller ? byId("stop") : input).focus();
 }
 
 async function answer() {
-  const view = { ...addTurn("assistant", ""), calls: [] };
+  const view = { ...addTurn("assistant", ""), calls: [], first: 0 };
   const message = { role: "assistant", content: "" };
   const controller = new AbortController();
-  running = controller;
-  byId("send").hidden = true;
-  byId("stop").hidden = false;
-  statusLine.textContent = "reading…";
+  setRunning(controller);
+  view.turn.classList.add("waiting");
+  statusLine.textContent = "Reading the prompt…";
   const started = performance.now();
-  let first = 0, usage = null, stopped = false;
+  let pieces = 0, usage = null, reason = null, stopped = false, fault = null;
+  // One delta is one token, more or less: good enough for a look while the answer runs.
+  const rate = (tokens) => (tokens - 1) / ((performance.now() - view.first) / 1000);
   try {
     const response = await fetch("/v1/chat/completions", {
       method: "POST", headers: headers(), signal: controller.signal, body: JSON.stringify(requestBody()),
     });
-    if (!response.ok) throw new Error((await response.json()).error.message);
+    if (!response.ok) throw await refusal(response);
     for await (const event of serverEvents(response)) {
-      if (event.error) throw new Error(event.error.message);
+      if (event.error) throw new Fault("The answer broke off", event.error.message);
       if (event.usage) usage = event.usage;
       const choice = event.choices && event.choices[0];
       if (!choice) continue;
+      reason = choice.finish_reason || reason;
       const follow = nearEnd();
-      if (!first && Object.keys(choice.delta).some((key) => key !== "role" && choice.delta[key])) {
-        first = performance.now();
-        statusLine.textContent = "writing…";
+      view.first ||= performance.now();
+      if (takeDelta(choice.delta, message, view)) {
+        pieces += 1;
+        statusLine.textContent = pieces < 4 ? "Writing…" : `Writing… ${rate(pieces).toFixed(1)} tokens/s`;
       }
-      takeDelta(choice.delta, message, view);
-      if (follow) log.scrollTop = log.scrollHeight;
+      if (follow) toEnd();
     }
   } catch (error) {
-    stopped = error.name === "AbortError";
+    stopped = controller.signal.aborted;
     if (!stopped) {
-      view.turn.append(element("div", "wrong", error.message));
-      statusLine.textContent = "";
+      fault = error instanceof Fault ? error : new Fault("The server does not answer",
+        "It may have been stopped, or the network between is down.");
     }
   }
-  running = null;
-  byId("send").hidden = false;
-  byId("stop").hidden = true;
-  if (message.content || message.tool_calls) messages.push(message);
-  if (usage && first) {
-    const seconds = (performance.now() - first) / 1000;
-    const rate = usage.completion_tokens > 1 ? `, ${((usage.completion_tokens - 1) / seconds).toFixed(1)} tokens/s` : "";
-    const cached = usage.prompt_tokens_details.cached_tokens;
-    statusLine.textContent = `${usage.prompt_tokens} prompt tokens${cached ? ` (${cached} cached)` : ""}, ` +
-      `first token after ${Math.round(first - started)} ms, ${usage.completion_tokens} tokens${rate}`;
-  } else if (stopped) {
-    statusLine.textContent = "stopped";
-  }
-  if (message.tool_calls && !stopped) {
-    message.tool_calls.forEach((call, index) => askForResult(view.calls[index].box, call));
+  view.turn.classList.remove("waiting");
+  if (!view.turn.isConnected) return;  // the chat was started over meanwhile
+  const follow = nearEnd();
+  setRunning(null);
+  statusLine.textContent = "";
+  if (view.reasoning && !view.thought) view.reasoning.title.textContent = "Reasoning, not finished";
+  if (fault) {
+    addFault(view, fault);
   } else {
+    // Calls that were cut off have no results to wait for.
+    if (stopped) delete message.tool_calls;
+    if (message.content || message.tool_calls) messages.push(message);
+    const tokens = usage ? usage.completion_tokens : pieces;
+    const cached = usage && usage.prompt_tokens_details.cached_tokens;
+    addMeta(view, [
+      stopped ? "Stopped" : reason === "length" ? "Cut off: as long as it may be" : "",
+      `${usage ? "" : "about "}${tokens} ${tokens === 1 ? "token" : "tokens"}`,
+      tokens > 1 ? `${rate(tokens).toFixed(1)} tokens/s` : "",
+      view.first ? `first after ${Math.round(view.first - started)} ms` : "",
+      usage ? `prompt of ${usage.prompt_tokens}${cached ? `, ${cached} cached` : ""}` : "",
+    ]);
+  }
+  if (message.tool_calls && !fault) {
+    message.tool_calls.forEach((call, index) => askForResult(view.calls[index].box, call));
+    view.turn.querySelector(".call form input").focus();
+  } else if (!byId("settings").open) {
     input.focus();
   }
+  if (follow) toEnd();
 }
 
-function send() {
-  const text = input.value.trim();
-  if (!text || running) return;
+// Keys and buttons
+
+function settingsAreWrong() {
+  const form = byId("sampling");
+  let wrong = form.checkValidity() ? "" : "A number in the settings is out of range.";
   if (settings.tools.value.trim()) {
     try {
-      JSON.parse(settings.tools.value);
+      if (!Array.isArray(JSON.parse(settings.tools.value))) wrong = "The tools in the settings are not a JSON list.";
     } catch {
-      statusLine.textContent = "The tools in the settings are not a JSON list.";
-      return;
+      wrong = "The tools in the settings are not a JSON list.";
     }
   }
+  statusLine.textContent = wrong;
+  return Boolean(wrong);
+}
+
+function send(text) {
+  if (!text || running || settingsAreWrong()) return;
+  byId("settings").open = false;
   input.value = "";
-  resize();
+  inputChanged();
   messages.push({ role: "user", content: text });
   addTurn("user", text);
   answer();
 }
 
-function resize() {
+function inputChanged() {
+  byId("send").disabled = !input.value.trim();
   input.style.height = "auto";
-  input.style.height = `${input.scrollHeight + 2}px`;
+  input.style.height = `${input.scrollHeight}px`;
 }
 
 function startOver() {
   if (running) running.abort();
+  setRunning(null);
   messages = [];
-  log.replaceChildren();
+  for (const turn of log.querySelectorAll(".turn")) turn.remove();
+  empty.hidden = false;
   statusLine.textContent = "";
   input.focus();
 }
 
-byId("composer").addEventListener("submit", (event) => { event.preventDefault(); send(); });
+async function showModel() {
+  const name = byId("model");
+  let found = "no answer from the server", fine = false;
+  try {
+    const response = await fetch("/v1/models", { headers: headers() });
+    const body = await response.json();
+    fine = response.ok;
+    found = fine ? body.data[0].id : response.status === 401 ? "needs an API key" : body.error.message;
+  } catch {
+    // Said already.
+  }
+  name.textContent = name.title = found;
+  name.classList.toggle("wrong", !fine);
+}
+
+byId("composer").addEventListener("submit", (event) => { event.preventDefault(); send(input.value.trim()); });
 byId("sampling").addEventListener("submit", (event) => event.preventDefault());
 byId("stop").addEventListener("click", () => running && running.abort());
 byId("new").addEventListener("click", startOver);
-input.addEventListener("input", resize);
+byId("example").addEventListener("click", () => {
+  settings.tools.value = JSON.stringify(EXAMPLE_TOOLS, null, 2);
+});
+for (const idea of document.querySelectorAll(".ideas button")) {
+  idea.addEventListener("click", () => send(idea.textContent));
+}
+input.addEventListener("input", inputChanged);
 input.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
     event.preventDefault();
-    send();
+    send(input.value.trim());
   }
 });
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") {
     if (running) running.abort();
-    byId("settings").open = false;
+    if (byId("settings").open) {
+      byId("settings").open = false;
+      byId("settings").querySelector("summary").focus();
+    }
   }
   if (event.key.toLowerCase() === "k" && event.ctrlKey && event.shiftKey) {
     event.preventDefault();
     startOver();
   }
 });
+document.addEventListener("pointerdown", (event) => {
+  if (!byId("settings").contains(event.target)) byId("settings").open = false;
+});
 settings.key.addEventListener("change", showModel);
-
-async function showModel() {
-  const response = await fetch("/v1/models", { headers: headers() });
-  const found = await response.json();
-  byId("model").textContent = response.ok ? found.data[0].id : found.error.message;
-}
 showModel();
