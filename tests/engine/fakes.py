@@ -61,6 +61,10 @@ class FakeRunner:
     def choose_path(self, uncached_tokens: int, context: int) -> str:
         return "prefill" if uncached_tokens * 2 >= context else "decode"
 
+    def copy_block(self, source: int, target: int, num_tokens: int) -> None:
+        for offset in range(num_tokens):
+            self.cache[target, offset] = self.cache[source, offset]
+
     def forward(self, chunks: Sequence[SequenceChunk]) -> StepLogits:
         assert not self.closed
         assert sum(len(chunk.token_ids) for chunk in chunks) <= self.max_num_batched_tokens

@@ -275,6 +275,8 @@ def test_observers_are_told_of_every_request_that_ends() -> None:
             stream = engine.generate("a", params, "gone")
             async for _ in stream:
                 break
+            while not known:  # its first output is delivered before the observer is told
+                await asyncio.sleep(0.001)
             assert known == {"gone"}
             await stream.aclose()  # type: ignore[attr-defined]
             await last(engine.generate("a", PARAMS, "served"))

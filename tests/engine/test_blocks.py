@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from array import array
 
 import pytest
 from hypothesis import settings
@@ -34,16 +35,31 @@ def keys_of(tokens: list[int]) -> list[bytes]:
     return keys
 
 
-def fill(blocks: BlockManager, tokens: list[int], prefill: list[int] | None = None) -> list[int]:
-    """Holds blocks for `tokens` and publishes the full ones."""
+ALL = (1 << SIZE) - 1
+"""Every token of a block on the prefill path."""
+
+
+def fill(blocks: BlockManager, tokens: list[int], paths: list[int] | None = None) -> list[int]:
+    """Holds blocks for `tokens`, publishes the full ones, and the last one if it is not."""
     keys = keys_of(tokens)
     table = blocks.acquire((), -(-len(tokens) // SIZE))
     lineage = ROOT
     for number, key in enumerate(keys):
-        count = SIZE if prefill is None else prefill[number]
-        lineage = chain_lineage(lineage, key, count)
-        blocks.publish(table[number], key, lineage, count)
+        own = ALL if paths is None else paths[number]
+        part = tokens[number * SIZE : (number + 1) * SIZE]
+        blocks.publish(table[number], lineage, part, own, key)
+        lineage = chain_lineage(lineage, key, own)
+    if rest := tokens[len(keys) * SIZE :]:
+        blocks.publish_tail(table[-1], lineage, rest, (1 << len(rest)) - 1)
     return table
+
+
+def lineage_of(tokens: list[int], paths: int = ALL) -> bytes:
+    """The lineage of a chain of full blocks, all on the same paths."""
+    lineage = ROOT
+    for key in keys_of(tokens):
+        lineage = chain_lineage(lineage, key, paths)
+    return lineage
 
 
 def test_keys_depend_on_every_earlier_token() -> None:
@@ -121,13 +137,13 @@ def test_exact_search_wants_the_same_lineage() -> None:
     blocks = BlockManager(8, SIZE, enable_prefix_caching=True)
     tokens = list(range(8))
     keys = keys_of(tokens)
-    table = fill(blocks, tokens, prefill=[SIZE, 1])
-    first = chain_lineage(ROOT, keys[0], SIZE)
+    table = fill(blocks, tokens, paths=[ALL, 1])
+    first = chain_lineage(ROOT, keys[0], ALL)
     same = [first, chain_lineage(first, keys[1], 1)]
     other = [first, chain_lineage(first, keys[1], 0)]
     assert len(blocks.find_exact(keys, same)) == 2
     assert len(blocks.find_exact(keys, other)) == 1
-    assert [hit.prefill_tokens for hit in blocks.find_prefix(keys)] == [SIZE, 1]
+    assert [hit.paths for hit in blocks.find_prefix(keys)] == [ALL, 1]
     blocks.check_integrity([table])
 
 
@@ -136,10 +152,63 @@ def test_a_chain_of_mixed_lineages_is_not_followed() -> None:
     blocks = BlockManager(4, SIZE, enable_prefix_caching=True)
     keys = keys_of(list(range(8)))
     table = blocks.acquire((), 2)
-    blocks.publish(table[0], keys[0], chain_lineage(ROOT, keys[0], SIZE), SIZE)
+    blocks.publish(table[0], ROOT, range(4), ALL, keys[0])
     decoded_first = chain_lineage(ROOT, keys[0], 0)
-    blocks.publish(table[1], keys[1], chain_lineage(decoded_first, keys[1], 0), 0)
+    blocks.publish(table[1], decoded_first, range(4, 8), 0, keys[1])
     assert [hit.index for hit in blocks.find_prefix(keys)] == [table[0]]
+    assert blocks.find_tail(chain_lineage(ROOT, keys[0], ALL), array("I", [4, 5, 6])) is None
+    blocks.check_integrity([table])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "length", "owner"),
+    [
+        ([4, 5, 6], 2, 0),
+        ([4, 5, 7, 8], 3, 1),
+        ([4, 5, 7], 3, 1),
+        ([4], 1, None),
+        ([3, 5, 7], 0, None),
+        ([9, 9, 9], 2, 2),
+        ([9, 9], 2, 2),
+        ([], 0, None),
+    ],
+)
+def test_a_tail_is_the_longest_common_beginning(
+    wanted: list[int], length: int, owner: int | None
+) -> None:
+    blocks = BlockManager(8, SIZE, enable_prefix_caching=True)
+    ends = [[4, 5], [4, 5, 7, 7], [9, 9]]
+    tables = [fill(blocks, [0, 1, 2, 3, *end]) for end in ends]
+    tail = blocks.find_tail(lineage_of([0, 1, 2, 3]), array("I", wanted))
+    assert (tail.num_tokens if tail else 0) == length
+    if tail is not None:
+        assert tail.paths == (1 << length) - 1
+        if owner is not None:
+            assert tail.index == tables[owner][1]
+    assert blocks.find_tail(ROOT, array("I", [9, 9])) is None
+    blocks.check_integrity(tables)
+
+
+def test_a_tail_that_another_block_holds_is_not_kept_twice() -> None:
+    blocks = BlockManager(8, SIZE, enable_prefix_caching=True)
+    tables = [fill(blocks, [0, 1, 2]), fill(blocks, [0, 1]), fill(blocks, [0, 1, 2])]
+    assert blocks.num_cached == 1
+    blocks.check_integrity(tables)
+
+
+def test_a_touched_tail_is_evicted_last() -> None:
+    blocks = BlockManager(4, SIZE, enable_prefix_caching=True)
+    for tokens in ([0, 1], [2, 3], [4, 5], [6, 7]):
+        table = fill(blocks, tokens)
+        blocks.release(table)
+    tail = blocks.find_tail(ROOT, array("I", [0, 1, 2]))
+    assert tail is not None
+    blocks.touch(tail)
+    table = blocks.acquire((), 3)
+    assert blocks.find_tail(ROOT, array("I", [0, 1, 2])) == tail
+    blocks.append(table)
+    assert blocks.find_tail(ROOT, array("I", [0, 1, 2])) is None
+    blocks.check_integrity([table])
 
 
 def test_caching_off_finds_nothing() -> None:
@@ -175,6 +244,13 @@ def test_integrity_check_notices_faults() -> None:
     blocks._cached[b"stray"] = table[0]
     with pytest.raises(CacheIntegrityError, match="a key leads to block"):
         blocks.check_integrity([table])
+    del blocks._cached[b"stray"]
+    blocks._children[ROOT].add(array("I", [1, 2]), table[0])
+    with pytest.raises(CacheIntegrityError, match="has no contents"):
+        blocks.check_integrity([table])
+    del blocks._children[ROOT]
+    with pytest.raises(CacheIntegrityError, match="cannot be found by them"):
+        blocks.check_integrity([table])
 
 
 def test_releasing_twice_is_noticed() -> None:
@@ -187,7 +263,10 @@ def test_releasing_twice_is_noticed() -> None:
 
 
 class BlockMachine(RuleBasedStateMachine):
-    """Random holders of random token chains; what is found must be what was stored."""
+    """Random holders of random token chains; what is found must be what was stored.
+
+    `contents`: for every block, the history of each of its tokens.
+    """
 
     operations = 0
 
@@ -195,17 +274,31 @@ class BlockMachine(RuleBasedStateMachine):
         super().__init__()
         self.blocks = BlockManager(12, SIZE, enable_prefix_caching=True)
         self.tables: list[list[int]] = []
-        self.contents: dict[int, bytes] = {}
+        self.contents: dict[int, list[tuple[int, ...]]] = {}
 
     @rule(
         tokens=st.lists(st.integers(0, 1), min_size=1, max_size=24),
-        path=st.sampled_from([0, SIZE]),
+        path=st.integers(0, 1),
     )
     def hold(self, tokens: list[int], path: int) -> None:
         keys = keys_of(tokens)
         hits = self.blocks.find_prefix(keys)
-        for hit in hits:
-            assert self.contents[hit.index] == hit.lineage, "a hit has someone else's contents"
+        history: tuple[int, ...] = ()
+        for number, hit in enumerate(hits):
+            for offset in range(SIZE):
+                history += (tokens[number * SIZE + offset], hit.paths >> offset & 1)
+                assert self.contents[hit.index][offset] == history, "someone else's contents"
+        start = len(hits) * SIZE
+        wanted = tokens[start : start + SIZE - 1]
+        tail = self.blocks.find_tail(hits[-1].lineage if hits else ROOT, array("I", wanted))
+        copied: list[tuple[int, ...]] = []
+        if tail is not None:
+            for offset in range(tail.num_tokens):
+                copied.append(
+                    (copied[-1] if copied else history) + (wanted[offset], tail.paths >> offset & 1)
+                )
+            assert self.contents[tail.index][: tail.num_tokens] == copied
+            self.blocks.touch(tail)
         new = -(-len(tokens) // SIZE) - len(hits)
         if self.blocks.count_free_after(hits, new) < 0:
             with pytest.raises(OutOfBlocksError):
@@ -214,11 +307,20 @@ class BlockMachine(RuleBasedStateMachine):
         table = self.blocks.acquire(hits, new)
         lineage = hits[-1].lineage if hits else ROOT
         for number in range(len(hits), len(table)):
-            self.contents.pop(table[number], None)
+            block = table[number]
+            part = tokens[number * SIZE : (number + 1) * SIZE]
+            self.contents[block] = copied
+            paths = tail.paths if copied and tail is not None else 0
+            for token in part[len(copied) :]:
+                past = self.contents[block][-1] if self.contents[block] else history
+                paths |= path << len(self.contents[block])
+                self.contents[block] = [*self.contents[block], (*past, token, path)]
+            history, copied = self.contents[block][-1], []
             if number < len(keys):
-                lineage = chain_lineage(lineage, keys[number], path)
-                self.contents[table[number]] = lineage
-                self.blocks.publish(table[number], keys[number], lineage, path)
+                self.blocks.publish(block, lineage, part, paths, keys[number])
+                lineage = chain_lineage(lineage, keys[number], paths)
+            else:
+                self.blocks.publish_tail(block, lineage, part, paths)
         self.tables.append(table)
 
     @precondition(lambda self: self.tables)

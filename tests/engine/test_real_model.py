@@ -120,6 +120,22 @@ def test_the_next_turn_reuses_the_conversation(tiny_model: Path) -> None:
     assert second.num_cached_tokens >= 192
 
 
+@every_format
+def test_a_short_prompt_asked_again_gives_the_same_bits(fmt: str, tiny_model: Path) -> None:
+    """All but its last token come from the cache, within a block, and its path stays."""
+    params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True, logprobs=3)
+    prompts: list[Prompt] = [
+        {"prompt_token_ids": [*range(40), *range(start, start + 15)]} for start in (100, 90)
+    ]
+    with LLM(tiny_model, quantization=fmt, threads=2) as llm:
+        outputs = [llm.generate(prompt, params)[0] for prompt in (*prompts, *prompts)]
+    assert [output.num_cached_tokens for output in outputs] == [0, 40, 54, 54]
+    assert list(map(bits, outputs[2:])) == list(map(bits, outputs[:2]))
+    with LLM(tiny_model, quantization=fmt, threads=1, enable_prefix_caching=False) as llm:
+        afresh = [llm.generate(prompt, params)[0] for prompt in prompts]
+    assert list(map(bits, afresh)) == list(map(bits, outputs[:2]))
+
+
 def test_the_checkpoints_own_defaults(tiny_model: Path) -> None:
     with LLM(tiny_model, threads=1) as llm:
         params = llm.get_default_sampling_params()

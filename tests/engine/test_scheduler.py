@@ -161,10 +161,10 @@ def test_a_repeated_prompt_reuses_its_full_blocks() -> None:
     scheduler.finish(first)
     second = queue.add(prompt)
     chunk = step(scheduler).chunks[0]
-    assert (chunk.start, chunk.num_tokens, chunk.samples) == (16, 2, True)
-    assert second.num_cached_tokens == 16
+    assert (chunk.start, chunk.num_tokens, chunk.samples) == (17, 1, True)
+    assert second.num_cached_tokens == 17
     assert chunk.path == "decode"
-    assert scheduler.prefix_hit_tokens == 16
+    assert scheduler.prefix_hit_tokens == 17
     assert scheduler.prefix_queried_tokens == 36
 
 
@@ -174,7 +174,7 @@ def test_the_last_prompt_token_is_always_computed() -> None:
     scheduler.finish(_run_prompt(scheduler, queue, list(range(16))))
     queue.add(list(range(16)))
     chunk = step(scheduler).chunks[0]
-    assert (chunk.start, chunk.num_tokens) == (12, 4)
+    assert (chunk.start, chunk.num_tokens) == (15, 1)
 
 
 def test_generated_blocks_are_reused_by_the_next_turn() -> None:
@@ -189,6 +189,48 @@ def test_generated_blocks_are_reused_by_the_next_turn() -> None:
     chunk = step(scheduler).chunks[0]
     assert chunk.start == 8
     assert second.runs[:2] == [(3, "prefill"), (10, "decode")]
+
+
+def test_the_next_turn_goes_on_in_the_middle_of_a_block() -> None:
+    """Path after path in one block, and the same bits again after pre-emption."""
+    scheduler = make(num_blocks=32, budget=32)
+    queue = Queue(scheduler)
+    first = queue.add(list(range(9)))
+    for token in (20, 21):
+        step(scheduler, token)
+    source = first.table[2]
+    tokens = list(first.token_ids[:-1])
+    scheduler.finish(first)
+    second = queue.add([*tokens, *range(50, 80)])
+    schedule = step(scheduler)
+    chunk = schedule.chunks[0]
+    (copy,) = schedule.copies
+    assert (copy.source, copy.target, copy.num_tokens) == (source, second.table[2], 2)
+    assert (chunk.start, chunk.num_tokens, chunk.path) == (10, 30, "prefill")
+    assert second.runs == [(9, "prefill"), (10, "decode"), (40, "prefill")]
+    assert second.num_cached_tokens == 10
+    assert second.paths_in(8, 12) == 0b1101
+    scheduler.check_integrity()
+
+
+def test_a_tail_does_not_choose_the_path() -> None:
+    scheduler = make(num_blocks=32, budget=32)
+    queue = Queue(scheduler)
+    scheduler.finish(_run_prompt(scheduler, queue, [1, 2, 3]))
+    chunk = queue.add([1, 2, 3, 4]) and step(scheduler).chunks[0]
+    assert (chunk.start, chunk.num_tokens, chunk.path) == (3, 1, "prefill")
+
+
+def test_a_copy_that_failed_is_not_found_again() -> None:
+    scheduler = make(num_blocks=32, budget=32)
+    queue = Queue(scheduler)
+    scheduler.finish(_run_prompt(scheduler, queue, [1, 2, 3]))
+    before = scheduler.blocks.num_cached
+    second = queue.add([1, 2, 9])
+    assert scheduler.schedule().copies
+    scheduler.finish(second)
+    assert scheduler.blocks.num_cached == before
+    scheduler.check_integrity()
 
 
 def test_reading_afresh_looks_up_nothing() -> None:
@@ -369,6 +411,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step(self, fails: bool, token: int) -> None:
         schedule = self.scheduler.schedule()
         self.check(schedule)
+        for copy in schedule.copies:
+            for offset in range(copy.num_tokens):
+                self.slots[copy.target, offset] = self.slots[copy.source, offset]
         for chunk in schedule.chunks:
             self.compute(chunk.sequence, chunk.start, chunk.num_tokens, chunk.path)
         if fails:

@@ -10,9 +10,15 @@ path or on the decode path, which round differently. Each cached block therefore
 *lineage*, a hash over the keys and paths of itself and of all blocks before it. A new request may
 reuse any chain of one lineage; a pre-empted one only what has exactly its own.
 
+Reuse does not end at a block's edge. Behind the last full block found, the block whose tokens agree
+longest with the wanted ones gives its beginning: a *tail*, to be copied into a block of one's own.
+A sequence that ends leaves its last, partly filled block to be found so; that block has no key.
+Cached blocks are never written to.
+
 This module knows nothing of tensors: it is a plain data structure.
 """
 
+import bisect
 import hashlib
 from array import array
 from collections import OrderedDict
@@ -40,30 +46,88 @@ def chain_key(parent: bytes, token_ids: Sequence[int]) -> bytes:
     return digest.digest()
 
 
-def chain_lineage(parent: bytes, key: bytes, prefill_tokens: int) -> bytes:
-    """The lineage of the block `key` whose first `prefill_tokens` tokens took the prefill path."""
+def chain_lineage(parent: bytes, key: bytes, paths: int) -> bytes:
+    """The lineage of the block `key` whose token i took the prefill path where bit i is set."""
     digest = hashlib.sha256(parent)
     digest.update(key)
-    digest.update(prefill_tokens.to_bytes(4, "little"))
+    digest.update(paths.to_bytes(-(-paths.bit_length() // 8), "little"))
     return digest.digest()
+
+
+@dataclass(slots=True)
+class _Content:
+    """What a cached block holds. `parent` is the lineage of the block before; see `_Children`."""
+
+    parent: bytes
+    tokens: "array[int]"
+    paths: int
+    key: bytes | None
+    lineage: bytes | None
 
 
 @dataclass(slots=True)
 class _Block:
     ref_count: int = 0
-    key: bytes | None = None
-    lineage: bytes | None = None
-    prefill_tokens: int = 0
+    content: _Content | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class CachedBlock:
-    """A block found in the cache."""
+    """A full block found in the cache. Bit i of `paths`: token i took the prefill path."""
 
     index: int
     key: bytes
     lineage: bytes
-    prefill_tokens: int
+    paths: int
+
+
+@dataclass(frozen=True, slots=True)
+class CachedTail:
+    """The first `num_tokens` tokens of a cached block: fewer than a block has, at least one."""
+
+    index: int
+    num_tokens: int
+    paths: int
+
+
+class _Children:
+    """Cached blocks that follow one lineage, sorted by their tokens."""
+
+    def __init__(self) -> None:
+        self._sorted: list[tuple[array[int], int]] = []
+
+    def __len__(self) -> int:
+        return len(self._sorted)
+
+    def __contains__(self, child: "tuple[array[int], int]") -> bool:
+        at = bisect.bisect_left(self._sorted, child)
+        return at < len(self._sorted) and self._sorted[at] == child
+
+    def add(self, tokens: "array[int]", index: int) -> None:
+        bisect.insort(self._sorted, (tokens, index))
+
+    def remove(self, tokens: "array[int]", index: int) -> None:
+        del self._sorted[bisect.bisect_left(self._sorted, (tokens, index))]
+
+    def closest(self, tokens: "array[int]") -> tuple[int, int]:
+        """The block that agrees longest with `tokens` from its beginning, and how long."""
+        # No other agrees longer than one of the two that `tokens` would stand between.
+        at = bisect.bisect_left(self._sorted, (tokens, -1))
+        best = (0, 0)
+        for other, index in self._sorted[max(0, at - 1) : at + 1]:
+            length = _common(tokens, other)
+            if length > best[1]:
+                best = (index, length)
+        return best
+
+
+def _common(one: "array[int]", other: "array[int]") -> int:
+    length = 0
+    for left, right in zip(one, other, strict=False):
+        if left != right:
+            break
+        length += 1
+    return length
 
 
 class BlockManager:
@@ -80,6 +144,7 @@ class BlockManager:
         self._blocks = [_Block() for _ in range(num_blocks)]
         self._free: OrderedDict[int, None] = OrderedDict((i, None) for i in range(num_blocks))
         self._cached: dict[bytes, int] = {}
+        self._children: dict[bytes, _Children] = {}
 
     @property
     def num_free(self) -> int:
@@ -88,8 +153,8 @@ class BlockManager:
 
     @property
     def num_cached(self) -> int:
-        """Blocks that can be found by key, held or not."""
-        return len(self._cached)
+        """Blocks that can be found, held or not."""
+        return sum(map(len, self._children.values()))
 
     @property
     def usage(self) -> float:
@@ -104,21 +169,36 @@ class BlockManager:
             index = self._cached.get(key)
             if index is None:
                 break
-            block = self._blocks[index]
-            lineage = chain_lineage(lineage, key, block.prefill_tokens)
-            if block.lineage != lineage:
+            content = self._blocks[index].content
+            assert content is not None
+            if content.parent != lineage:
                 break
-            found.append(CachedBlock(index, key, lineage, block.prefill_tokens))
+            assert content.lineage is not None
+            lineage = content.lineage
+            found.append(CachedBlock(index, key, lineage, content.paths))
         return found
+
+    def find_tail(self, lineage: bytes, token_ids: "array[int]") -> CachedTail | None:
+        """What the cache holds of these tokens, fewer than a block's, behind `lineage`."""
+        children = self._children.get(lineage)
+        if children is None:
+            return None
+        index, length = children.closest(token_ids)
+        if length == 0:
+            return None
+        content = self._blocks[index].content
+        assert content is not None
+        return CachedTail(index, length, content.paths & ((1 << length) - 1))
 
     def find_exact(self, keys: Iterable[bytes], lineages: Iterable[bytes]) -> list[CachedBlock]:
         """The longest run of cached blocks that has these keys and these lineages."""
         found: list[CachedBlock] = []
         for key, lineage in zip(keys, lineages, strict=False):
             index = self._cached.get(key)
-            if index is None or self._blocks[index].lineage != lineage:
+            content = None if index is None else self._blocks[index].content
+            if index is None or content is None or content.lineage != lineage:
                 break
-            found.append(CachedBlock(index, key, lineage, self._blocks[index].prefill_tokens))
+            found.append(CachedBlock(index, key, lineage, content.paths))
         return found
 
     def count_free_after(self, hits: Sequence[CachedBlock], new: int) -> int:
@@ -144,6 +224,11 @@ class BlockManager:
         table += [self._take_free() for _ in range(new)]
         return table
 
+    def touch(self, tail: CachedTail) -> None:
+        """Moves the block of a tail, if nobody holds it, to the end of the line for eviction."""
+        if tail.index in self._free:
+            self._free.move_to_end(tail.index)
+
     def append(self, table: list[int]) -> None:
         """Adds one fresh block to a block table."""
         table += self.acquire((), 1)
@@ -160,30 +245,36 @@ class BlockManager:
             block.ref_count -= 1
             if block.ref_count == 0:
                 self._free[index] = None
-                if block.key is None:
+                if block.content is None:
                     self._free.move_to_end(index, last=False)
         table.clear()
 
-    def publish(self, index: int, key: bytes, lineage: bytes, prefill_tokens: int) -> None:
-        """Makes a held block, now full and computed, findable. The first with a key keeps it."""
-        block = self._blocks[index]
-        if block.ref_count < 1:
-            raise CacheIntegrityError(f"block {index} is published but nobody holds it")
-        if not self.enable_prefix_caching or block.key is not None or key in self._cached:
-            return
-        block.key = key
-        block.lineage = lineage
-        block.prefill_tokens = prefill_tokens
-        self._cached[key] = index
+    def publish(
+        self, index: int, parent: bytes, token_ids: Sequence[int], paths: int, key: bytes
+    ) -> None:
+        """Makes a held block, now full and computed, findable. The first with a key keeps it.
+
+        `parent` is the lineage of the block before, `ROOT` if none.
+        """
+        if key not in self._cached and self._cache(
+            index,
+            _Content(parent, array("I", token_ids), paths, key, chain_lineage(parent, key, paths)),
+        ):
+            self._cached[key] = index
+
+    def publish_tail(self, index: int, parent: bytes, token_ids: Sequence[int], paths: int) -> None:
+        """Makes a held block findable that holds fewer tokens than it could and gets no more."""
+        children = self._children.get(parent)
+        if children is not None and children.closest(array("I", token_ids))[1] == len(token_ids):
+            return  # another block has all of them
+        self._cache(index, _Content(parent, array("I", token_ids), paths, None, None))
 
     def forget_cached(self) -> None:
         """Makes every block unfindable; blocks that are held stay held."""
-        for key, index in self._cached.items():
-            block = self._blocks[index]
-            assert block.key == key
-            block.key = None
-            block.lineage = None
+        for block in self._blocks:
+            block.content = None
         self._cached.clear()
+        self._children.clear()
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """Compares the bookkeeping with itself and with all block tables in use.
@@ -208,25 +299,56 @@ class BlockManager:
                     f"block {index} with {block.ref_count} holders is "
                     f"{'' if index in self._free else 'not '}on the free list"
                 )
-            if (block.key is None) != (block.lineage is None):
-                raise CacheIntegrityError(f"block {index} has a key or a lineage, but not both")
-            if block.key is not None and self._cached.get(block.key) != index:
-                raise CacheIntegrityError(f"block {index} has a key but cannot be found by it")
-            if not 0 <= block.prefill_tokens <= self.block_size:
-                raise CacheIntegrityError(f"block {index}: {block.prefill_tokens} prefill tokens")
+            if block.content is not None:
+                self._check_content(index, block.content)
         for key, index in self._cached.items():
-            if self._blocks[index].key != key:
+            content = self._blocks[index].content
+            if content is None or content.key != key:
                 raise CacheIntegrityError(f"a key leads to block {index}, which has another")
-        if not self.enable_prefix_caching and self._cached:
+        if self.num_cached != sum(block.content is not None for block in self._blocks):
+            raise CacheIntegrityError("a block can be found that has no contents")
+        if not self.enable_prefix_caching and self.num_cached:
             raise CacheIntegrityError("blocks are cached though prefix caching is off")
+
+    def _check_content(self, index: int, content: _Content) -> None:
+        filled = len(content.tokens)
+        children = self._children.get(content.parent)
+        if children is None or (content.tokens, index) not in children:
+            raise CacheIntegrityError(f"block {index} has contents but cannot be found by them")
+        if not 0 <= content.paths < 1 << filled:
+            raise CacheIntegrityError(f"block {index}: paths {content.paths:#x} of {filled} tokens")
+        if content.key is None:
+            if content.lineage is not None or not 0 < filled < self.block_size:
+                raise CacheIntegrityError(f"block {index} holds {filled} tokens but has no key")
+            return
+        if filled != self.block_size:
+            raise CacheIntegrityError(f"block {index} has a key but holds {filled} tokens")
+        if content.lineage != chain_lineage(content.parent, content.key, content.paths):
+            raise CacheIntegrityError(f"block {index} has the lineage of another")
+        if self._cached.get(content.key) != index:
+            raise CacheIntegrityError(f"block {index} has a key but cannot be found by it")
+
+    def _cache(self, index: int, content: _Content) -> bool:
+        block = self._blocks[index]
+        if block.ref_count < 1:
+            raise CacheIntegrityError(f"block {index} is published but nobody holds it")
+        if not self.enable_prefix_caching or block.content is not None:
+            return False
+        block.content = content
+        self._children.setdefault(content.parent, _Children()).add(content.tokens, index)
+        return True
 
     def _take_free(self) -> int:
         index, _ = self._free.popitem(last=False)
         block = self._blocks[index]
-        if block.key is not None:
-            del self._cached[block.key]
-            block.key = None
-            block.lineage = None
-            block.prefill_tokens = 0
+        content = block.content
+        if content is not None:
+            children = self._children[content.parent]
+            children.remove(content.tokens, index)
+            if not children:
+                del self._children[content.parent]
+            if content.key is not None:
+                del self._cached[content.key]
+            block.content = None
         block.ref_count = 1
         return index

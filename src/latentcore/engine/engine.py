@@ -63,6 +63,9 @@ class Runner(Protocol):
     def forward(self, chunks: Sequence[SequenceChunk]) -> "StepLogits":
         """Logits of the rows that the chunks ask for, in their order."""
 
+    def copy_block(self, source: int, target: int, num_tokens: int) -> None:
+        """Copies the first tokens of one cache block to another, in all layers."""
+
     def choose_path(self, uncached_tokens: int, context: int) -> Path: ...
 
     def weight_bytes_per_token(self, batch: int, /) -> float:
@@ -322,6 +325,8 @@ class Engine:
         chunks = [self._chunk(chunk) for chunk in schedule.chunks]
         masks = self._start_masks(schedule)
         model_started = time.monotonic()
+        for copy in schedule.copies:
+            self._runner.copy_block(copy.source, copy.target, copy.num_tokens)
         logits = self._runner.forward(chunks)
         stats.model_time = time.monotonic() - model_started
         self.scheduler.complete(schedule)

@@ -6,7 +6,8 @@ chunks, generating one token, and recomputing after pre-emption are this one mec
 * Sequences that generate always go along, one token each.
 * What is left of the step's token budget goes to prompts, in order of rank.
 * Waiting sequences are admitted in order of rank, as soon as all blocks for the tokens that they
-  have are free. Nobody overtakes the first in line, so nobody starves.
+  have are free. Nobody overtakes the first in line, so nobody starves. What the cache holds of
+  their tokens is not computed again: full blocks are shared, part of a block is copied.
 * Where a generating sequence needs a block and none is free, the running sequence with the last
   rank gives its blocks back and waits; later its tokens are computed again on the same paths, so
   that the same bits come out. The first in rank always advances.
@@ -26,6 +27,7 @@ from latentcore.engine.blocks import (
     ROOT,
     BlockManager,
     CachedBlock,
+    CachedTail,
     CacheIntegrityError,
     chain_key,
     chain_lineage,
@@ -50,6 +52,7 @@ class ScheduledSequence:
     """
 
     __slots__ = (
+        "copying",
         "keys",
         "lineages",
         "num_cached_tokens",
@@ -82,6 +85,8 @@ class ScheduledSequence:
         self.num_computed = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
+        self.copying = False
+        """Whether its first step is still to copy some of the tokens that count as computed."""
         self.table: list[int] = []
         self.keys: list[bytes] = []
         self.lineages: list[bytes] = []
@@ -115,18 +120,30 @@ class ScheduledSequence:
             self.keys.append(chain_key(parent, self.token_ids[start : start + block_size]))
         return self.keys[block]
 
-    def prefill_tokens_in(self, start: int, end: int) -> int:
-        """How many of the positions start..end-1 take the prefill path. They come first."""
-        count = 0
+    def lineage_before(self, block: int) -> bytes:
+        """The lineage of the blocks before number `block`, which are computed."""
+        return self.lineages[block - 1] if block else ROOT
+
+    def paths_in(self, start: int, end: int) -> int:
+        """Which of the positions start..end-1 take the prefill path: bit i for start + i."""
+        paths = 0
         position = start
         while position < end:
             run_end, path = self.run_at(position)
             stop = min(run_end, end)
             if path == "prefill":
-                assert count == position - start, "a block goes from prefill to decode, never back"
-                count += stop - position
+                paths |= (1 << (stop - start)) - (1 << (position - start))
             position = stop
-        return count
+        return paths
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """The first `num_tokens` tokens of one cache block, to be copied to another."""
+
+    source: int
+    target: int
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +162,12 @@ class ScheduledChunk:
 
 @dataclass(slots=True)
 class Schedule:
-    """One step's work. `afresh_tokens` of its tokens are of prompts that are read afresh."""
+    """One step's work: its copies, in their order, then its chunks.
 
+    `afresh_tokens` of its tokens are of prompts that are read afresh.
+    """
+
+    copies: list[BlockCopy] = field(default_factory=list)
     chunks: list[ScheduledChunk] = field(default_factory=list)
     afresh_tokens: int = 0
     admitted: list[ScheduledSequence] = field(default_factory=list)
@@ -256,7 +277,7 @@ class Scheduler:
             and not schedule.preempted
             and len(self._running) < self.max_num_seqs
             and self._has_room(schedule, self._waiting[0])
-            and self._admit(self._waiting[0])
+            and self._admit(self._waiting[0], schedule)
         ):
             sequence = self._waiting.pop(0)
             _insert(self._running, sequence)
@@ -272,14 +293,16 @@ class Scheduler:
             if sequence.status is not Status.RUNNING:
                 continue
             sequence.num_computed = chunk.start + chunk.num_tokens
+            sequence.copying = False
             for block in range(chunk.start // size, sequence.num_computed // size):
+                start, end = block * size, (block + 1) * size
                 key = sequence.key_of(block, size)
-                prefill_tokens = sequence.prefill_tokens_in(block * size, (block + 1) * size)
+                parent = sequence.lineage_before(block)
+                paths = sequence.paths_in(start, end)
                 if block == len(sequence.lineages):
-                    parent = sequence.lineages[-1] if sequence.lineages else ROOT
-                    sequence.lineages.append(chain_lineage(parent, key, prefill_tokens))
+                    sequence.lineages.append(chain_lineage(parent, key, paths))
                 self.blocks.publish(
-                    sequence.table[block], key, sequence.lineages[block], prefill_tokens
+                    sequence.table[block], parent, sequence.token_ids[start:end], paths, key
                 )
 
     def append_token(self, sequence: ScheduledSequence, token_id: int) -> None:
@@ -292,6 +315,7 @@ class Scheduler:
         """Takes a sequence out, at its end or before, and frees its blocks. Safe to repeat."""
         if sequence.status is Status.RUNNING:
             _remove(self._running, sequence)
+            self._leave_tail(sequence)
             self.blocks.release(sequence.table)
         elif sequence.status is Status.WAITING:
             _remove(self._waiting, sequence)
@@ -358,23 +382,32 @@ class Scheduler:
         _remove(self._running, sequence)
         self.blocks.release(sequence.table)
         sequence.num_computed = 0
+        sequence.copying = False
         sequence.num_preemptions += 1
         sequence.status = Status.WAITING
         self.num_preemptions += 1
         _insert(self._waiting, sequence)
 
-    def _admit(self, sequence: ScheduledSequence) -> bool:
+    def _admit(self, sequence: ScheduledSequence, schedule: Schedule) -> bool:
         """Gives a waiting sequence its blocks, if they are free, and chooses its paths."""
         hits = self._find_hits(sequence)
         new = self.blocks_for(len(sequence.token_ids)) - len(hits)
         reserve = -(-len(self._running) // 4)
         if self.blocks.count_free_after(hits, new) < reserve:
             return False
+        tail = None if sequence.runs else self._find_tail(sequence, hits)
+        if tail is not None:
+            self.blocks.touch(tail)
         sequence.table = self.blocks.acquire(hits, new)
         sequence.num_computed = len(hits) * self.blocks.block_size
+        if tail is not None:
+            target = sequence.table[len(hits)]
+            schedule.copies.append(BlockCopy(tail.index, target, tail.num_tokens))
+            sequence.num_computed += tail.num_tokens
+            sequence.copying = True
         sequence.status = Status.RUNNING
         if not sequence.runs:
-            self._choose_runs(sequence, hits)
+            self._choose_runs(sequence, hits, tail)
         return True
 
     def _find_hits(self, sequence: ScheduledSequence) -> list[CachedBlock]:
@@ -388,21 +421,66 @@ class Scheduler:
             return self.blocks.find_exact(keys, sequence.lineages)
         return self.blocks.find_prefix(keys)
 
-    def _choose_runs(self, sequence: ScheduledSequence, hits: Sequence[CachedBlock]) -> None:
+    def _find_tail(
+        self, sequence: ScheduledSequence, hits: Sequence[CachedBlock]
+    ) -> CachedTail | None:
+        if sequence.reads_afresh or not self.blocks.enable_prefix_caching:
+            return None
         size = self.blocks.block_size
-        cached = len(hits) * size
+        start = len(hits) * size
+        end = min(start + size, len(sequence.token_ids)) - 1
+        lineage = hits[-1].lineage if hits else ROOT
+        return self.blocks.find_tail(lineage, sequence.token_ids[start:end])
+
+    def _leave_tail(self, sequence: ScheduledSequence) -> None:
+        """Makes what a sequence that ends has computed of its last block findable."""
+        size = self.blocks.block_size
+        block, filled = divmod(sequence.num_computed, size)
+        if filled == 0 or sequence.copying:
+            return
+        start, end = block * size, sequence.num_computed
+        self.blocks.publish_tail(
+            sequence.table[block],
+            sequence.lineage_before(block),
+            sequence.token_ids[start:end],
+            sequence.paths_in(start, end),
+        )
+
+    def _choose_runs(
+        self,
+        sequence: ScheduledSequence,
+        hits: Sequence[CachedBlock],
+        tail: CachedTail | None,
+    ) -> None:
+        size = self.blocks.block_size
         runs: list[tuple[int, Path]] = []
         for number, hit in enumerate(hits):
-            start = number * size
-            _extend_runs(runs, start + hit.prefill_tokens, "prefill")
-            _extend_runs(runs, start + size, "decode")
+            _extend_by_paths(runs, number * size, size, hit.paths)
+        cached = whole = len(hits) * size
+        if tail is not None:
+            _extend_by_paths(runs, cached, tail.num_tokens, tail.paths)
+            cached += tail.num_tokens
         total = sequence.num_prompt_tokens
-        _extend_runs(runs, total, self._choose_path(total - cached, total))
+        # A tail does not change the path: a short prompt gives the same bits with it and without.
+        _extend_runs(runs, total, self._choose_path(total - whole, total))
         sequence.runs = runs
         sequence.lineages = [hit.lineage for hit in hits]
         sequence.num_cached_tokens = cached
         self.prefix_queried_tokens += total
         self.prefix_hit_tokens += cached
+
+
+def _extend_by_paths(runs: list[tuple[int, Path]], start: int, count: int, paths: int) -> None:
+    """Adds runs for `count` positions from `start` on; bit i of `paths`: prefill."""
+    done = 0
+    while done < count:
+        rest = paths >> done
+        prefill = bool(rest & 1)
+        # As many ones (or zeros) as stand at the low end.
+        turned = ~rest if prefill else rest
+        length = (turned & -turned).bit_length() - 1 if turned else count
+        done = min(count, done + length)
+        _extend_runs(runs, start + done, "prefill" if prefill else "decode")
 
 
 def _extend_runs(runs: list[tuple[int, Path]], end: int, path: Path) -> None:

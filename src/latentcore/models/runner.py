@@ -231,6 +231,13 @@ class ModelRunner:
         """The cheaper attention for a prompt; see `choose_path` of this module."""
         return choose_path(self.config, self._expansion, uncached_tokens, context)
 
+    def copy_block(self, source: int, target: int, num_tokens: int) -> None:
+        """Copies the first `num_tokens` tokens of cache block `source` to `target`, bit by bit."""
+        for cache in self._decoder.cache:
+            # By numpy: torch would wake threads of its own for this, beside the model's.
+            rows = cache.view(torch.int16).numpy()
+            rows[target, :num_tokens] = rows[source, :num_tokens]
+
     def forward(self, chunks: Sequence[SequenceChunk]) -> StepLogits:
         """Computes the chunks in one pass: logits of the rows wanted, in the chunks' order.
 
