@@ -53,9 +53,11 @@ class ServerProcess:
         return httpx2.Client(base_url=self.url, headers=headers, timeout=60)
 
     def metric(self, name: str) -> float:
-        """The sum of a metric's samples."""
+        """The sum of a metric's samples, or one of them where `name` has labels."""
         text = httpx2.get(f"{self.url}/metrics").text
-        values = re.findall(rf"^latentcore:{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
+        values = re.findall(
+            rf"^latentcore:{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE
+        )
         assert values, text
         return sum(map(float, values))
 

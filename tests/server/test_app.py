@@ -74,7 +74,7 @@ def test_a_failing_step_is_500_for_its_requests_only() -> None:
             assert (await client.post("/v1/completions", json=BODY)).status_code == 200
             assert engine.dead is None
             metrics = (await client.get("/metrics")).text
-            assert 'latentcore:request_failure_total{model_name="fake"} 2.0' in metrics
+            assert 'latentcore:request_failure_total{engine="0",model_name="fake"} 2.0' in metrics
 
     run(test)
 

@@ -29,6 +29,7 @@ pytestmark = [
 ]
 
 CHAT = "**/v1/chat/completions"
+ABORTED = 'request_success_total{engine="0",finished_reason="abort",model_name="latentcore-demo"}'
 SCHEMES = ["light", "dark"]
 
 
@@ -151,7 +152,7 @@ def test_a_tool_call_is_shown_and_its_result_goes_back(chat: Chat) -> None:
 @pytest.mark.parametrize("how", ["Escape", "button"])
 def test_stopping_reaches_the_server(chat: Chat, demo: ServerProcess, how: str) -> None:
     demo.wait_idle()
-    ended = demo.metric("request_success_total")
+    ended, aborted = demo.metric("request_success_total"), demo.metric(ABORTED)
     # Thousands of tokens that do not end by themselves: the page knows no such setting.
     chat.page.route(
         CHAT,
@@ -168,7 +169,8 @@ def test_stopping_reaches_the_server(chat: Chat, demo: ServerProcess, how: str) 
         chat.page.locator("#stop").click()
     assert chat.finished().locator(".meta").inner_text().startswith("Stopped · about ")
     demo.wait_idle()
-    assert demo.metric("request_success_total") == ended
+    assert demo.metric(ABORTED) == aborted + 1
+    assert demo.metric("request_success_total") == ended + 1
     assert chat.focused() == "input"
     chat.page.unroute(CHAT)
     chat.set(max_tokens=5)

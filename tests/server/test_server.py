@@ -1,5 +1,6 @@
 """The server in a real process, driven by the official client."""
 
+import gzip
 import json
 import re
 import threading
@@ -364,6 +365,61 @@ def test_health_ready_metrics_and_page_need_no_key(server: ServerProcess) -> Non
     assert "https://" not in page
 
 
+def test_watchers_may_ask_for_the_head_alone(server: ServerProcess) -> None:
+    for path in ("/health", "/ready", "/metrics", "/"):
+        response = httpx2.head(server.url + path)
+        assert (response.status_code, response.content) == (200, b"")
+
+
+# What vLLM's engine tells of a finished request, and of steps, under its names.
+PER_REQUEST = [
+    "e2e_request_latency_seconds",
+    "request_queue_time_seconds",
+    "request_inference_time_seconds",
+    "request_prefill_time_seconds",
+    "request_decode_time_seconds",
+    "request_time_per_output_token_seconds",
+    "request_prompt_tokens",
+    "request_generation_tokens",
+    "request_max_num_generation_tokens",
+    "request_params_n",
+    "request_params_max_tokens",
+]
+
+
+def test_metrics_of_a_request(client: openai.OpenAI, server: ServerProcess) -> None:
+    server.wait_idle()
+    names = [f"{name}_{end}" for name in PER_REQUEST for end in ("count", "sum")]
+    before = {name: server.metric(name) for name in names}
+    client.completions.create(
+        model="tiny", prompt=[5, 6, 7], max_tokens=4, n=2, extra_body={"ignore_eos": True}
+    )
+    grown = {name: server.metric(name) - before[name] for name in names}
+    assert {grown[f"{name}_count"] for name in PER_REQUEST} == {1}
+    sums = {name: grown[f"{name}_sum"] for name in PER_REQUEST}
+    assert all(value > 0 for value in sums.values())
+    assert sums["request_prompt_tokens"] == 3
+    assert sums["request_generation_tokens"] == 8
+    assert sums["request_max_num_generation_tokens"] == 4
+    assert (sums["request_params_n"], sums["request_params_max_tokens"]) == (2, 4)
+    parts = sums["request_prefill_time_seconds"] + sums["request_decode_time_seconds"]
+    assert parts == pytest.approx(sums["request_inference_time_seconds"])
+    whole = sums["request_queue_time_seconds"] + sums["request_inference_time_seconds"]
+    assert whole == pytest.approx(sums["e2e_request_latency_seconds"])
+
+
+def test_every_metric_names_its_model_and_engine(server: ServerProcess) -> None:
+    text = httpx2.get(f"{server.url}/metrics").text
+    samples = [line for line in text.splitlines() if line.startswith("latentcore:")]
+    assert len(samples) > 100
+    for sample in samples:
+        assert 'engine="0"' in sample
+        assert 'model_name="tiny"' in sample
+    for reason in ("stop", "length", "abort", "error"):
+        assert f'finished_reason="{reason}"' in text
+    assert re.search(r'cache_config_info{[^}]*block_size="64"', text)
+
+
 def test_metrics_count(client: openai.OpenAI, server: ServerProcess) -> None:
     before = {
         name: server.metric(name)
@@ -464,6 +520,9 @@ TEXT = "/v1/completions"
         (TEXT, {"prompt": "x", "structured_outputs": {}}, "expected exactly one"),
         ("/tokenize", {}, "either prompt or messages"),
         ("/detokenize", {"tokens": [99999]}, "expected ids below"),
+        ("/detokenize", {"tokens": [1] * 2049}, "at most max_model_len (2048), found 2049"),
+        (TEXT, {"prompt": [7] * 100_000}, "the prompt has 100000 tokens, max_model_len is 2048"),
+        (TEXT, {"prompt": [7] * 100_000 + ["x"]}, "prompt"),
     ],
 )
 def test_bad_requests_are_400_with_one_line(
@@ -473,6 +532,30 @@ def test_bad_requests_are_400_with_one_line(
     assert status == 400, error
     assert match in error["message"], error
     assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        ([{"role": "robot", "content": "x"}], "messages[0].role"),
+        ([*USER, {"role": "user"}], "messages[1].content"),
+        ([*USER, {"role": "user", "content": [{"type": "image_url"}]}], "messages[1].content"),
+        ([*USER, {"role": "assistant", "tool_calls": [{}]}], "messages[1].tool_calls[0]"),
+    ],
+)
+def test_the_message_at_fault_is_the_param(
+    messages: list[Any], param: str, server: ServerProcess
+) -> None:
+    status, error = status_of(server, CHAT, json={"messages": messages})
+    assert (status, error["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br"])
+def test_compressed_bodies_are_415(encoding: str, server: ServerProcess) -> None:
+    body = gzip.compress(json.dumps({"messages": USER}).encode())
+    status, error = status_of(server, CHAT, content=body, headers={"Content-Encoding": encoding})
+    assert status == 415
+    assert f"Content-Encoding {encoding!r}: compressed bodies are not read" in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -510,6 +593,11 @@ def deep_schema(levels: int) -> dict[str, Any]:
         {"type": "object", "properties": {"x": {"$ref": "#"}}, "required": ["x"]},
         {"not": {"type": "string"}},
         {"enum": ["x" * 100] * 4000},
+        {"type": "string", "pattern": "^a+$", "minLength": 3},
+        {"type": "string", "pattern": "^a+$", "format": "date"},
+        {"type": "array", "items": {"type": "string", "format": "date", "maxLength": 3}},
+        {"type": "number", "multipleOf": 2},
+        {"type": "integer", "multipleOf": 2, "maximum": 9},
     ],
 )
 def test_absurd_schemas_are_400(schema: dict[str, Any], server: ServerProcess) -> None:

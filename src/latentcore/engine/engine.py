@@ -455,6 +455,10 @@ class Engine:
         if choice.index == 0 and not choice.token_ids:
             self._fork(request, sequence)
         choice.token_ids.append(token_id)
+        request.metrics.num_generation_tokens += 1
+        request.metrics.max_num_generation_tokens = max(
+            request.metrics.max_num_generation_tokens, len(choice.token_ids)
+        )
         if choice.logprobs is not None:
             assert sampled.logprobs is not None
             assert params.logprobs is not None
@@ -620,6 +624,8 @@ class Engine:
             finished=finished,
             metrics=request.metrics,
             num_cached_tokens=request.metrics.num_cached_tokens,
+            n=request.prepared.params.n,
+            max_tokens=request.prepared.max_tokens,
         )
 
 

@@ -24,6 +24,8 @@ _UNSUPPORTED = (
     "$dynamicRef",
     "$recursiveRef",
 )
+_SHAPES_OF_TEXT = ("pattern", "format")
+_RANGES = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _SINGLE = ("additionalProperties", "items", "propertyNames", "unevaluatedItems")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _MAPPINGS = ("properties", "patternProperties")
@@ -85,6 +87,19 @@ def _check_keywords(node: Mapping[str, Any], name: str) -> None:
             raise RequestError(f"{name}: {keyword!r} cannot be enforced; leave it out")
     if node.get("uniqueItems"):
         raise RequestError(f"{name}: 'uniqueItems' cannot be enforced; leave it out")
+    # Of these the compiler takes one and passes over the others.
+    shapes = [keyword for keyword in _SHAPES_OF_TEXT if keyword in node]
+    lengths = [keyword for keyword in ("minLength", "maxLength") if node.get(keyword)]
+    if len(shapes) > 1 or (shapes and lengths):
+        first, second = (shapes + lengths)[:2]
+        raise RequestError(
+            f"{name}: {first!r} and {second!r} cannot be enforced together; say it in one pattern"
+        )
+    ranges = [keyword for keyword in _RANGES if keyword in node]
+    if "multipleOf" in node and (ranges or node.get("type") != "integer"):
+        raise RequestError(
+            f"{name}: 'multipleOf' can only be enforced for integers without a range"
+        )
     every = node.get("allOf")
     if isinstance(every, list) and (len(every) > 1 or not node.keys() <= _ALLOF_COMPANIONS):
         raise RequestError(

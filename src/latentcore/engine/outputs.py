@@ -48,7 +48,10 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Times of one request, in seconds of `time.monotonic()`, and what the cache saved."""
+    """Times of one request, in seconds of `time.monotonic()`, and what it took.
+
+    `num_generation_tokens`: of all choices, `max_num_generation_tokens`: of the longest one.
+    """
 
     arrival_time: float
     first_scheduled_time: float | None = None
@@ -56,6 +59,8 @@ class RequestMetrics:
     finished_time: float | None = None
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    num_generation_tokens: int = 0
+    max_num_generation_tokens: int = 0
 
     @property
     def time_to_first_token(self) -> float | None:
@@ -70,6 +75,7 @@ class RequestOutput:
 
     `prompt_logprobs[i]` maps token ids to `Logprob`s, is None at 0 and always holds the prompt's
     own token. `num_cached_tokens` is how many prompt tokens came from the prefix cache.
+    `max_tokens` is the longest that a choice may become, the room that is left included.
     """
 
     request_id: str
@@ -80,6 +86,8 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     num_cached_tokens: int = 0
+    n: int = 1
+    max_tokens: int = 0
 
 
 @dataclass(slots=True)

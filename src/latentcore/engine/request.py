@@ -158,6 +158,7 @@ class RequestPreparer:
             )
         if not token_ids:
             raise RequestError("prompt_token_ids: expected at least one token, found none")
+        self._check_length(len(token_ids))
         vocab_size = self.limits.vocab_size
         for token_id in token_ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int):
@@ -170,7 +171,7 @@ class RequestPreparer:
                 )
         return list(token_ids)
 
-    def _max_tokens(self, prompt_tokens: int, params: SamplingParams) -> int:
+    def _check_length(self, prompt_tokens: int) -> None:
         limits = self.limits
         if prompt_tokens > limits.max_model_len:
             raise RequestError(
@@ -182,6 +183,9 @@ class RequestPreparer:
                 f"the prompt has {prompt_tokens} tokens, the cache holds {limits.cache_tokens}; "
                 "shorten the prompt or raise kv_cache_memory"
             )
+
+    def _max_tokens(self, prompt_tokens: int, params: SamplingParams) -> int:
+        limits = self.limits
         # The token generated last is never computed, so it takes no place in the cache.
         room = min(limits.max_model_len - prompt_tokens, limits.cache_tokens - prompt_tokens + 1)
         if params.max_tokens is None:

@@ -161,6 +161,12 @@ class GrammarCompiler:
         _check_size("choice", alternatives)
         return self._compiled("ebnf", f"root ::= {alternatives}")
 
+    def warm(self) -> None:
+        """Starts what the first grammar would wait for, some seconds: modules and the process."""
+        # Without the extra package there is nothing to start; who asks for a grammar is told.
+        with contextlib.suppress(RequestError):
+            self.compile(StructuredOutputsParams(json_object=True))
+
     def compile_tool_calls(
         self, options: Sequence[ToolCallGrammar], *, separator: str | None, end: str
     ) -> CompiledGrammar:

@@ -12,12 +12,13 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from latentcore import __version__
 from latentcore.engine.async_engine import AsyncEngine
+from latentcore.server import openapi
 from latentcore.server.errors import ApiError, as_api_error, validation_error
 from latentcore.server.gate import Application, Gate
 from latentcore.server.metrics import CONTENT_TYPE, Metrics
@@ -60,6 +61,7 @@ def create_app(engine: AsyncEngine, options: ServerOptions) -> Application:
     )
     _add_error_handlers(app)
     _add_routes(app, service, metrics)
+    openapi.describe(app, needs_key=bool(options.api_keys))
     return Gate(
         app,
         api_keys=options.api_keys,
@@ -72,47 +74,68 @@ def create_app(engine: AsyncEngine, options: ServerOptions) -> Application:
 def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
     engine = service.engine
 
-    @app.get("/health", summary="Whether the process is alive")
+    @app.head("/health", include_in_schema=False)
+    @app.get("/health", summary="Whether the process is alive", response_model=openapi.Status)
     async def health() -> dict[str, str]:
         return {"status": "alive"}
 
-    @app.get("/ready", summary="Whether requests can be served", responses={503: {}})
+    @app.head("/ready", include_in_schema=False)
+    @app.get(
+        "/ready",
+        summary="Whether requests can be served",
+        response_model=openapi.Status,
+        responses={503: {"model": openapi.Status, "description": "Dead or shutting down"}},
+    )
     async def ready() -> Response:
         if engine.accepting:
             return JSONResponse({"status": "ready"})
         status = "dead" if engine.dead is not None else "shutting down"
         return JSONResponse({"status": status}, status_code=503)
 
-    @app.get("/metrics", summary="Prometheus metrics")
+    @app.head("/metrics", include_in_schema=False)
+    @app.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
     async def get_metrics() -> Response:
         return Response(metrics.render(), media_type=CONTENT_TYPE)
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return service.models()
+    # The documented models are not run over the answers: these are made in one place each.
+    @app.get("/v1/models", responses={200: {"model": openapi.ModelList}})
+    async def models() -> Response:
+        return JSONResponse(service.models())
 
-    @app.get("/v1/models/{name:path}", responses={404: {}})
-    async def model(name: str) -> dict[str, Any]:
-        return service.model(name)
+    @app.get(
+        "/v1/models/{name:path}",
+        responses={200: {"model": openapi.Model}, **openapi.errors(404)},
+    )
+    async def model(name: str) -> Response:
+        return JSONResponse(service.model(name))
 
-    @app.post("/tokenize", responses=_ERRORS)
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
-        return await asyncio.to_thread(service.tokenize, body)
+    @app.post(
+        "/tokenize", responses={200: {"model": openapi.TokenizeAnswer}, **openapi.POST_ERRORS}
+    )
+    async def tokenize(body: TokenizeRequest) -> Response:
+        return JSONResponse(await asyncio.to_thread(service.tokenize, body))
 
-    @app.post("/detokenize", responses=_ERRORS)
-    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
-        return await asyncio.to_thread(service.detokenize, body)
+    @app.post(
+        "/detokenize", responses={200: {"model": openapi.DetokenizeAnswer}, **openapi.POST_ERRORS}
+    )
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        return JSONResponse(await asyncio.to_thread(service.detokenize, body))
 
-    @app.post("/v1/completions", responses=_ERRORS)
+    text = openapi.streamed(openapi.CompletionAnswer, openapi.CompletionAnswer)
+
+    @app.post("/v1/completions", responses={200: text, **openapi.RUN_ERRORS})
     async def completions(body: CompletionRequest, request: Request) -> Response:
         run = await service.completion(body)
         return await _answer(run, request, stream=bool(body.stream))
 
-    @app.post("/v1/chat/completions", responses=_ERRORS)
+    chat = openapi.streamed(openapi.ChatCompletionAnswer, openapi.ChatCompletionChunk)
+
+    @app.post("/v1/chat/completions", responses={200: chat, **openapi.RUN_ERRORS})
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
         run = await service.chat(body)
         return await _answer(run, request, stream=bool(body.stream))
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         return FileResponse(STATIC / "index.html", headers=_PAGE_HEADERS)
@@ -123,19 +146,6 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
 
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
 
-
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"description": text}
-    for status, text in (
-        (400, "Bad request"),
-        (401, "No valid key"),
-        (404, "No such model"),
-        (408, "Took too long"),
-        (413, "Body too large"),
-        (429, "Queue full"),
-        (503, "Shutting down"),
-    )
-}
 
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'",

@@ -1,5 +1,6 @@
 """Errors in OpenAI's form."""
 
+import re
 from typing import Any
 
 from pydantic_core import ErrorDetails
@@ -10,6 +11,9 @@ from latentcore.engine.structured import GrammarDeadEndError, GrammarTooSlowErro
 from latentcore.errors import UserError
 
 RETRY_AFTER_SECONDS = 2
+
+_PARAMETER = re.compile(r"(\w+(?:\[\d+\])?(?:\.\w+(?:\[\d+\])?)*):")
+"""What an error's text begins with where a parameter is at fault: `messages[2].content:`."""
 
 
 class ApiError(Exception):
@@ -51,9 +55,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return error
     if isinstance(error, UserError):
         text = str(error)
-        name, colon, _ = text.partition(":")
-        param = name if colon and name.replace("_", "").isalnum() else None
-        return ApiError(400, text, param=param)
+        found = _PARAMETER.match(text)
+        return ApiError(400, text, param=found and found.group(1))
     if isinstance(error, QueueFullError):
         return ApiError(
             429,

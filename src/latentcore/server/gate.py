@@ -92,6 +92,15 @@ class Gate:
             )
 
     async def _read_body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+        encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip()
+        if encoding.lower() not in ("", "identity"):
+            raise ApiError(
+                415,
+                f"Content-Encoding {encoding[:40]!r}: compressed bodies are not read here; send "
+                "the body as it is",
+                code="unsupported_content_encoding",
+                headers={"Accept-Encoding": "identity", "Connection": "close"},
+            )
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self._max_body_bytes:
             raise self._too_large()

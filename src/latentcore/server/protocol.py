@@ -16,7 +16,9 @@ from latentcore.engine.sampling_params import (
 )
 from latentcore.errors import RequestError
 
-TokenIds = list[Annotated[int, Field(ge=0)]]
+# One wrong item is told of; millions of them must not be gathered first.
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
 
 
 class _Strict(BaseModel):
@@ -149,7 +151,7 @@ class _Sampling(_Strict):
 class CompletionRequest(_Sampling):
     """`POST /v1/completions`."""
 
-    prompt: str | list[str] | TokenIds | list[TokenIds]
+    prompt: str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
     best_of: int | None = None
     echo: bool | None = None
     logprobs: int | None = None

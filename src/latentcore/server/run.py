@@ -7,6 +7,7 @@ import logging
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -101,6 +102,11 @@ def serve(
         h11_max_incomplete_event_size=64 << 10,
     )
     server = _Server(config)
+
+    grammars = engine.preparer.grammars
+    if grammars is not None:
+        # Beside the requests, which need not wait; not a daemon, which would be cut off in C++.
+        threading.Thread(target=grammars.warm, name="latentcore-grammars-warm").start()
 
     async def main() -> None:
         watching = asyncio.ensure_future(_watch(engine, server))

@@ -191,7 +191,13 @@ class Service:
         """`POST /detokenize`."""
         self._check_model(request.model)
         tokenizer = self._tokenizer()
-        limit = self.engine.preparer.limits.vocab_size
+        limits = self.engine.preparer.limits
+        if len(request.tokens) > limits.max_model_len:
+            raise RequestError(
+                f"tokens: expected at most max_model_len ({limits.max_model_len}), found "
+                f"{len(request.tokens)}"
+            )
+        limit = limits.vocab_size
         for token_id in request.tokens:
             if token_id >= limit:
                 raise RequestError(f"tokens: expected ids below {limit}, found {token_id}")
