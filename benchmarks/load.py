@@ -17,6 +17,8 @@ turn      a conversation of 4,000 tokens (or what the model holds) goes on: TTFT
           forward pass over them.
 sampling  8 sequences on an engine in this process: shares of a step that sampling takes, and that
           all passes outside of the model's native step.
+restart   a server is killed with SIGKILL while 8 streams generate, and started again: seconds until
+          it is ready, over those of a start after a clean end, both with packed weights on disk.
 
 The parts that use an engine hold the model twice. Random token ids are as good as text here.
 """
@@ -48,7 +50,7 @@ from latentcore.models.hub import resolve_model
 from latentcore.models.runner import ModelRunner
 from latentcore.ops import runtime
 
-PARTS = ("load", "overhead", "gap", "turn", "sampling")
+PARTS = ("load", "overhead", "gap", "turn", "sampling", "restart")
 SAMPLING: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95}
 SAMPLERS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -87,9 +89,19 @@ class Stream:
         ]
 
 
+@dataclass(frozen=True)
+class Server:
+    """A running server. `started`: seconds until it was ready."""
+
+    url: str
+    process: subprocess.Popen[str]
+    started: float
+
+
 @contextmanager
-def serving(command: Sequence[str]) -> Iterator[str]:
-    """Runs a server; gives its address."""
+def serving(command: Sequence[str]) -> Iterator[Server]:
+    """Runs a server, until it is ready and to the end of the block."""
+    begin = time.perf_counter()
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     ) as process:
@@ -104,7 +116,9 @@ def serving(command: Sequence[str]) -> Iterator[str]:
         # Its log must be read, or the pipe fills up.
         threading.Thread(target=process.stderr.read, daemon=True).start()
         try:
-            yield found.group(1)
+            # The socket is bound, but the first answer comes once the server takes connections.
+            httpx2.get(f"{found.group(1)}/ready", timeout=60).raise_for_status()
+            yield Server(found.group(1), process, time.perf_counter() - begin)
         finally:
             process.terminate()
 
@@ -194,6 +208,19 @@ class Load:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         return [gap for stream in streams for gap in stream.gaps(long.sent, long.tokens[0])]
+
+    async def cut_off(self, count: int, kill: Callable[[], None]) -> None:
+        """Kills the server while `count` streams generate."""
+        streams = [Stream() for _ in range(count)]
+        async with self.client() as client:
+            tasks = [
+                asyncio.ensure_future(ask(client, stream, self.prompt(self._prompt), 1000))
+                for stream in streams
+            ]
+            while not all(len(stream.tokens) > 2 for stream in streams):
+                await asyncio.sleep(0.01)
+            kill()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def rate(streams: Sequence[Stream]) -> float:
@@ -365,6 +392,29 @@ def measure_turn(load: Load, llm: LLM, prefix: int, rounds: int, report: Report)
     report("second turn over both (at most 1.25)", statistics.median(ratios))
 
 
+def measure_restart(
+    command: Sequence[str], make_load: Callable[[str], Load], rounds: int, report: Report
+) -> None:
+    """Starts after a clean end and after SIGKILL, in turns."""
+
+    def start(*, kill: bool) -> float:
+        with serving(command) as server:
+            if kill:
+                load = make_load(server.url)
+                asyncio.run(load.cut_off(STREAMS, server.process.kill))
+            return server.started
+
+    start(kill=False)
+    clean, killed = [], []
+    for _ in range(rounds):
+        clean.append(start(kill=True))
+        killed.append(start(kill=False))
+    report("ready after a clean end", statistics.median(clean), "s")
+    report("ready after SIGKILL", statistics.median(killed), "s")
+    ratios = [one / other for one, other in zip(killed, clean, strict=True)]
+    report("after SIGKILL over after a clean end", statistics.median(ratios))
+
+
 def measure_sampling(alone: Alone, report: Report) -> None:
     """Shares of a decode step."""
     for name, changes in SAMPLERS.items():
@@ -372,6 +422,32 @@ def measure_sampling(alone: Alone, report: Report) -> None:
         report(f"{name}: step", seconds * 1e3, "ms")
         report(f"{name}: sampling's share (below 0.02)", sampling)
         report(f"{name}: share outside of the model", outside)
+
+
+def measure_parts(
+    parts: Sequence[str],
+    load: Load,
+    llm: LLM | None,
+    args: argparse.Namespace,
+    length: int,
+    report: Report,
+) -> None:
+    """The parts that share one server, and one engine where they need it."""
+    asyncio.run(load.together(2))
+    if "load" in parts:
+        measure_load(load, list(map(int, args.streams.split(","))), args.rounds, report)
+    if "gap" in parts:
+        measure_gap(load, min(4096, length - 64), args.chunk, args.rounds, report)
+    if llm is None:
+        return
+    alone = Alone(llm, load, args.answer)
+    alone.rate(2)
+    if "overhead" in parts:
+        measure_overhead(load, alone, args.rounds, report)
+    if "turn" in parts:
+        measure_turn(load, llm, min(4000, length - 2 * NEW_TOKENS), args.rounds, report)
+    if "sampling" in parts:
+        measure_sampling(alone, report)
 
 
 def main() -> None:
@@ -411,30 +487,25 @@ def main() -> None:
         command.append(str(args.folder))
     for name, value in options.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
-    llm = LLM(args.folder, **options) if {"overhead", "turn", "sampling"} & set(parts) else None
-    with serving([*command, "--port", "0"]) as url:
-        print(
-            f"{args.folder or 'the demo model'}, {runtime.isa_tier()}, {args.threads} threads, "
-            f"prompts of {args.prompt} tokens, answers of {args.answer}"
-        )
-        vocab = ModelConfig.from_dir(resolve_model(args.folder and str(args.folder))).vocab_size
-        load = Load(url, vocab, args.prompt, args.answer)
-        asyncio.run(load.together(2))
+    command += ["--port", "0"]
+    vocab = ModelConfig.from_dir(resolve_model(args.folder and str(args.folder))).vocab_size
+    print(
+        f"{args.folder or 'the demo model'}, {runtime.isa_tier()}, {args.threads} threads, "
+        f"prompts of {args.prompt} tokens, answers of {args.answer}"
+    )
+
+    def make_load(url: str) -> Load:
+        return Load(url, vocab, args.prompt, args.answer)
+
+    if "restart" in parts:
+        measure_restart(command, make_load, args.rounds, report)
+        parts.remove("restart")
+    if parts:
+        llm = LLM(args.folder, **options) if {"overhead", "turn", "sampling"} & set(parts) else None
+        with serving(command) as server:
+            measure_parts(parts, make_load(server.url), llm, args, length, report)
         if llm is not None:
-            alone = Alone(llm, load, args.answer)
-            alone.rate(2)
-        if "load" in parts:
-            measure_load(load, list(map(int, args.streams.split(","))), args.rounds, report)
-        if "gap" in parts:
-            measure_gap(load, min(4096, length - 64), args.chunk, args.rounds, report)
-        if llm is not None and "overhead" in parts:
-            measure_overhead(load, alone, args.rounds, report)
-        if llm is not None and "turn" in parts:
-            measure_turn(load, llm, min(4000, length - 2 * NEW_TOKENS), args.rounds, report)
-        if llm is not None and "sampling" in parts:
-            measure_sampling(alone, report)
-    if llm is not None:
-        llm.close()
+            llm.close()
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1))
 

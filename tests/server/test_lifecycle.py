@@ -1,6 +1,7 @@
 """Starting, filling up, draining, dying, and starting again."""
 
 import json
+import random
 import re
 import signal
 import socket
@@ -17,6 +18,7 @@ import pytest
 from latentcore.cli import app
 from latentcore.envs import parse_bytes
 from latentcore.errors import UserError
+from latentcore.models.synthetic import benchmark_config, make_synthetic
 from tests.server.process import ServerProcess, serving
 
 ENDLESS: dict[str, Any] = {"prompt": "Once", "max_tokens": 1900, "ignore_eos": True}
@@ -68,6 +70,41 @@ def test_killed_and_started_again(tiny_model: Path, tmp_path: Path) -> None:
         with serving(tiny_model, cache=tmp_path) as server:
             assert httpx2.get(f"{server.url}/ready").status_code == 200
             assert server.stop(signal.SIGKILL) == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_killed_mid_answer_it_starts_again_from_the_packed_weights(tmp_path: Path) -> None:
+    """Large enough for its packed weights to be kept; a kill leaves them as they are.
+
+    How long that takes is measured by `benchmarks/load.py --parts restart`.
+    """
+    config = {**benchmark_config(dense=2048, vocab=8000), "num_hidden_layers": 2}
+    make_synthetic(tmp_path / "model", config, "w8a8_int8", 3)
+    options = ("--max-model-len", "2048", "--max-num-seqs", "8")
+    generator = random.Random(3)
+    prompts = [[generator.randrange(8000) for _ in range(90)] for _ in range(8)]
+    body = {"max_tokens": 12, "temperature": 0, "ignore_eos": True, "logprobs": 2}
+
+    def answers(server: ServerProcess) -> Any:
+        with server.http() as http:
+            response = http.post("/v1/completions", json={**body, "prompt": prompts})
+        return response.raise_for_status().json()["choices"]
+
+    with serving(tmp_path / "model", *options, cache=tmp_path / "cache") as server:
+        first = answers(server)
+        (pack,) = (tmp_path / "cache").glob("**/*.pack")
+        written = pack.stat().st_ino, pack.stat().st_size
+        with server.http() as http:
+            endless = {**body, "prompt": prompts, "max_tokens": 1900, "stream": True}
+            with http.stream("POST", "/v1/completions", json=endless) as response:
+                next(response.iter_bytes())
+                assert server.stop(signal.SIGKILL) == -signal.SIGKILL
+    with serving(tmp_path / "model", *options, cache=tmp_path / "cache") as server:
+        assert httpx2.get(f"{server.url}/ready").status_code == 200
+        assert answers(server) == first
+        (pack,) = (tmp_path / "cache").glob("**/*.pack")
+        assert (pack.stat().st_ino, pack.stat().st_size) == written, "packed again"
+        assert server.stop() == 0
 
 
 DYING = """
