@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,7 +117,7 @@ CHECKS = (
 
 
 @pytest.mark.slow
-def test_no_request_is_a_server_error(server: ServerProcess) -> None:
+def test_random_requests_are_answered_as_documented(server: ServerProcess, tmp_path: Path) -> None:
     pytest.importorskip(
         "schemathesis", reason="schemathesis is not installed: pip install 'latentcore[slow]'"
     )
@@ -129,6 +130,6 @@ def test_no_request_is_a_server_error(server: ServerProcess) -> None:
     ]
     command += ["--checks", ",".join(CHECKS), "--phases", "coverage,fuzzing"]
     command += ["--max-examples", "60", "--suppress-health-check", "all"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-5000:]
     server.wait_idle()
