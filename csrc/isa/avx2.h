@@ -196,6 +196,7 @@ struct Avx2 {
   static constexpr bool kBf16Act = false;
   static constexpr bool kTiles = false;
   static void enter() {}
+  static constexpr int64_t kWidenRows = 12;  // above: FP8 codes are widened once for many rows
   template <Format F>
   static constexpr int max_rows(int np) {
     return np == 1 ? 3 : 0;

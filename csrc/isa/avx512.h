@@ -144,6 +144,9 @@ struct Avx512 {
   static constexpr bool kBf16Act = HasBf16;  // bf16-like formats take bf16 activations, else fp32
   static constexpr bool kTiles = false;
   static void enter() {}  // at the start of every kernel
+  // Rows above which FP8 codes are widened once for many rows, not once a register tile: with a byte table
+  // widening hides behind the products of any number.
+  static constexpr int64_t kWidenRows = HasVbmi ? INT64_MAX : 48;
   // Most rows of a register tile of `np` panels.
   template <Format F>
   static constexpr int max_rows(int np) {

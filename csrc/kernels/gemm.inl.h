@@ -366,8 +366,6 @@ void widen_panels(const Panels& w, const uint8_t* panel, int np, int64_t line0, 
     }
 }
 
-// Rows above which byte codes are widened once for many rows, not once a register tile.
-constexpr int64_t kWidenRows = 12;
 constexpr int64_t kRowBlock = 192;  // rows whose sums are held while K is walked; a multiple of 16
 constexpr int64_t kWideLines = kFp8Block / 4;              // lines of codes in a 128-block
 constexpr int64_t kWideStride = kWideLines * 128;          // a widened panel of one 128-block
@@ -416,7 +414,7 @@ template <class Isa, Format F>
 void vector_product(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next, const Act& a, int64_t m,
                     int multiple, const Sink& sink) {
   if constexpr (F == Format::FP8) {
-    if (m > kWidenRows) return widened_product<Isa>(w, p0, p1, next, a, m, sink);
+    if (m > Isa::kWidenRows) return widened_product<Isa>(w, p0, p1, next, a, m, sink);
   }
   alignas(64) float c[12 * kTileCols];
   const int reg = Isa::template panels_at<F>(m);  // panels of a register tile
