@@ -94,7 +94,7 @@ struct Amx : Avx512<true, true> {
   static constexpr int panels_at(int64_t rows) {
     return rows <= max_rows<F>(4) ? 4 : 2;
   }
-  static constexpr Fetch fetch(int, int) { return {2048, true}; }
+  static constexpr Fetch fetch(int, int) { return {2048, Into::kFirst}; }
   // Rows up to which a product runs on vector registers, with the same bits as on tiles: int8 sums
   // are exact, FP8 keeps the tiles' order.
   template <Format F>

@@ -162,7 +162,8 @@ struct Avx512 {
   }
   // Where a line waits for many products, the second-level cache must be well ahead of them.
   static constexpr Fetch fetch(int m, int np) {
-    return np == 1 && m <= 4 ? Fetch{4096, true} : Fetch{8192, false};
+    if (np > 1 || m > 4) return {8192, Into::kSecond};
+    return {4096, m <= 2 ? Into::kTurns : Into::kFirst};
   }
 
   LC_INLINE WideLine widen_fp8(__m512i codes) {

@@ -30,10 +30,12 @@ constexpr T tmax(T a, T b) {
   return a < b ? b : a;
 }
 
-// How far ahead of their use weights are fetched, and whether into the first-level cache or the second.
+// How far ahead of their use weights are fetched, and into which cache. A processor that follows one stream
+// by itself wants only the start of the next matrix fetched (kTurns), into the first-level cache.
+enum class Into { kTurns, kFirst, kSecond };
 struct Fetch {
   int64_t bytes;
-  bool near;
+  Into into;
 };
 
 LC_INLINE float bf16_to_float(bf16 v) {

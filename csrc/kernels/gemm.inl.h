@@ -183,16 +183,20 @@ void tile(const Act& a, const uint8_t* w, int64_t panel_stride, int64_t blocks, 
   const int64_t turn = fetch.turn - (kFetch.bytes - kPrefetchBytes) / kBlockBytes;
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t ahead = kFetch.bytes + (b < turn ? 0 : fetch.jump);
+    const bool turned = b >= turn && fetch.jump != 0;
 #pragma GCC unroll 4
     for (int u = 0; u < kLines; ++u) {
       typename U::Line line[NP];
       LC_UNROLL
       for (int p = 0; p < NP; ++p) {
         const uint8_t* src = w + p * panel_stride + u * 64;
-        if constexpr (kFetch.near)
+        if constexpr (kFetch.into == Into::kTurns) {
+          if (turned) vprefetch(src + ahead);
+        } else if constexpr (kFetch.into == Into::kFirst) {
           vprefetch(src + ahead);
-        else
+        } else {
           vprefetch_l2(src + ahead);
+        }
         line[p] = U::load(src);
       }
       LC_UNROLL
