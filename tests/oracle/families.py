@@ -49,6 +49,11 @@ class Family:
     bias: float = 0.0
     tensors: dict[str, Tensors] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def biased(self) -> bool:
+        """Whether its routers have a bias."""
+        return bool(self.config["topk_method"] == "noaux_tc")
+
     def stored(self, fmt: str) -> Tensors:
         """The tensors of this checkpoint in one of FORMATS. Do not change them."""
         if fmt not in self.tensors:

@@ -5,8 +5,10 @@ With `rounding` on it rounds to bf16 after each operation and becomes the yardst
 the truth a careful bf16 implementation of the same model lands.
 """
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -104,29 +106,99 @@ def rotate(x: torch.Tensor, angles: torch.Tensor, factor: float) -> torch.Tensor
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
 
 
+def choice_scores(logits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """What experts are chosen by, for router logits [n, experts]: fp64 [n, experts]."""
+    scores = torch.softmax(logits, dim=-1) if bias is None else torch.sigmoid(logits)
+    return scores if bias is None else scores + bias.to(F64)
+
+
+def _group_scores(config: Mapping[str, Any], choice: torch.Tensor, best: int) -> torch.Tensor:
+    """The mean of the `best` largest scores of each group: [n, groups]."""
+    groups = choice.view(choice.shape[0], config["n_group"], -1)
+    return groups.topk(best, dim=-1).values.mean(dim=-1)
+
+
+def _limited(config: Mapping[str, Any]) -> bool:
+    return bool(config["topk_method"] != "greedy" and config["n_group"] > 1)
+
+
 def choose_experts(
     config: Mapping[str, Any], logits: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Experts [n, k] and their weights [n, k] for router logits [n, experts].
+) -> torch.Tensor:
+    """Experts [n, k] for router logits [n, experts].
 
     Experts of groups that do not take part are excluded (-inf), ties go to the lowest index.
     """
     n, experts = logits.shape
-    scores = torch.softmax(logits, dim=-1) if bias is None else torch.sigmoid(logits)
-    choice = scores if bias is None else scores + bias.to(F64)
-    if config["topk_method"] != "greedy" and config["n_group"] > 1:
-        groups = choice.view(n, config["n_group"], -1)
-        best = 1 if bias is None else 2
-        group_scores = groups.topk(best, dim=-1).values.sum(dim=-1)
+    choice = choice_scores(logits, bias)
+    if _limited(config):
+        group_scores = _group_scores(config, choice, 1 if bias is None else 2)
         ranks = group_scores.argsort(dim=-1, descending=True, stable=True)
         kept = torch.zeros_like(group_scores, dtype=torch.bool)
         kept.scatter_(1, ranks[:, : config["topk_group"]], True)
+        groups = choice.view(n, config["n_group"], -1)
         choice = groups.masked_fill(~kept[..., None], -math.inf).view(n, experts)
-    ids = choice.argsort(dim=-1, descending=True, stable=True)[:, : config["num_experts_per_tok"]]
+    return choice.argsort(dim=-1, descending=True, stable=True)[:, : config["num_experts_per_tok"]]
+
+
+def expert_weights(
+    config: Mapping[str, Any], logits: torch.Tensor, bias: torch.Tensor | None, ids: torch.Tensor
+) -> torch.Tensor:
+    """Weights [n, k] of the experts `ids` [n, k] for router logits [n, experts]."""
+    scores = torch.softmax(logits, dim=-1) if bias is None else torch.sigmoid(logits)
     weights = scores.gather(1, ids)
     if config["norm_topk_prob"] and bias is not None:
         weights = weights / weights.sum(dim=-1, keepdim=True)
-    return ids, weights * config["routed_scaling_factor"]
+    return weights * config["routed_scaling_factor"]
+
+
+def overreach(
+    config: Mapping[str, Any], choice: torch.Tensor, ids: torch.Tensor, biased: bool
+) -> torch.Tensor:
+    """How far scores [n, experts] lie from letting the experts `ids` [n, k] be chosen: [n].
+
+    0 where they are the best. Else some expert (or group) that was left out scores higher than one
+    that was taken, by this much, whichever groups one says took part: a router whose scores are off
+    by less than half of it cannot have made this choice.
+    """
+    n, experts = choice.shape
+    taken = torch.zeros(n, experts, dtype=torch.bool).scatter_(1, ids, True)
+
+    def deficit(scores: torch.Tensor, inside: torch.Tensor, outside: torch.Tensor) -> torch.Tensor:
+        worst = scores.masked_fill(~inside, math.inf).amin(dim=-1)
+        best = scores.masked_fill(~outside, -math.inf).amax(dim=-1)
+        return (best - worst).clamp(min=0.0)
+
+    if not _limited(config):
+        return deficit(choice, taken, ~taken)
+    groups = _group_scores(config, choice, 2 if biased else 1)
+    size = experts // config["n_group"]
+    least = torch.full((n,), math.inf, dtype=F64)
+    for chosen in itertools.combinations(range(config["n_group"]), config["topk_group"]):
+        kept = torch.zeros(config["n_group"], dtype=torch.bool)
+        kept[list(chosen)] = True
+        allowed = kept.repeat_interleave(size)
+        found = torch.maximum(
+            deficit(groups, kept.expand_as(groups), ~kept.expand_as(groups)),
+            deficit(choice, taken, allowed & ~taken),
+        )
+        found = found.masked_fill((taken & ~allowed).any(dim=-1), math.inf)
+        least = torch.minimum(least, found)
+    return least
+
+
+@dataclass(frozen=True)
+class Run:
+    """What became of a token sequence.
+
+    logits   fp64 [length, vocabulary]
+    chosen   experts of each MoE layer: int64 [length, k] each
+    choice   the scores that they are chosen by: fp64 [length, experts] each
+    """
+
+    logits: torch.Tensor
+    chosen: list[torch.Tensor] = field(default_factory=list)
+    choice: list[torch.Tensor] = field(default_factory=list)
 
 
 class Model:
@@ -141,12 +213,25 @@ class Model:
         self.linears: dict[str, Linear] = {}
 
     def logits(self, token_ids: list[int], absorbed_from: int) -> torch.Tensor:
-        """Logits of every position: fp64 [length, vocabulary].
+        """Logits of every position: fp64 [length, vocabulary]; see `run`."""
+        return self.run(token_ids, absorbed_from).logits
+
+    def run(
+        self,
+        token_ids: list[int],
+        absorbed_from: int,
+        chosen: Sequence[torch.Tensor] | None = None,
+    ) -> Run:
+        """Runs a whole sequence.
 
         Positions from `absorbed_from` on attend absorbed, as decoding does: they take `kv_b_proj`
-        for its dequantized weights, while earlier ones run it as a linear of its format.
+        for its dequantized weights, while earlier ones run it as a linear of its format. `chosen`
+        [length, k] of each MoE layer takes the place of the router's choice; the experts' weights
+        are still the router's.
         """
         config = self.config
+        routed: list[torch.Tensor] = []
+        scores: list[torch.Tensor] = []
         x = self.tensors["model.embed_tokens.weight"].to(F64)[token_ids]
         angles = rope_angles(config, len(token_ids))
         for layer in range(config["num_hidden_layers"]):
@@ -155,11 +240,30 @@ class Model:
             x = self._round(x + self._attend(name, normed, angles, absorbed_from))
             normed = self._norm(x, f"{name}.post_attention_layernorm", config["rms_norm_eps"])
             experts = config["n_routed_experts"] and layer >= config["first_k_dense_replace"]
-            ffn = self._experts if experts else self._mlp
-            x = self._round(x + ffn(f"{name}.mlp", normed))
+            if experts:
+                router = self._router_logits(f"{name}.mlp", normed)
+                bias = self._router_bias(f"{name}.mlp")
+                scores.append(choice_scores(router, bias))
+                if chosen is None:
+                    ids = choose_experts(config, router, bias)
+                else:
+                    ids = chosen[len(routed)]
+                routed.append(ids)
+                weights = expert_weights(config, router, bias, ids)
+                out = self._experts(f"{name}.mlp", normed, ids, weights)
+            else:
+                out = self._mlp(f"{name}.mlp", normed)
+            x = self._round(x + out)
         x = self._norm(x, "model.norm", config["rms_norm_eps"])
         head = "model.embed_tokens" if config["tie_word_embeddings"] else "lm_head"
-        return x @ self.tensors[f"{head}.weight"].to(F64).t()
+        logits = x @ self.tensors[f"{head}.weight"].to(F64).t()
+        return Run(logits, routed, scores)
+
+    def _router_logits(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.tensors[f"{name}.gate.weight"].to(F64).t()
+
+    def _router_bias(self, name: str) -> torch.Tensor | None:
+        return self.tensors.get(f"{name}.gate.e_score_correction_bias")
 
     def _round(self, x: torch.Tensor) -> torch.Tensor:
         return rounded(x, self.rounding)
@@ -211,10 +315,9 @@ class Model:
         up = self._linear(f"{name}.up_proj")(x)
         return self._linear(f"{name}.down_proj")(self._round(gate * up))
 
-    def _experts(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        bias = self.tensors.get(f"{name}.gate.e_score_correction_bias")
-        logits = x @ self.tensors[f"{name}.gate.weight"].to(F64).t()
-        ids, weights = choose_experts(self.config, logits, bias)
+    def _experts(
+        self, name: str, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
         out = torch.zeros_like(x)
         for expert in torch.unique(ids).tolist():
             rows, slots = (ids == expert).nonzero(as_tuple=True)

@@ -6,9 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 
 from latentcore.config import EngineConfig
+from latentcore.layers.ffn import Moe
+from latentcore.layers.step import Buffers, Step
 from latentcore.models.chunk import Path as AttentionPath
 from latentcore.models.chunk import SequenceChunk
 from latentcore.models.runner import ModelRunner
@@ -41,6 +44,24 @@ def loaded(
         yield runner
     finally:
         runner.close()
+
+
+@contextmanager
+def recorded_routing() -> Iterator[list[torch.Tensor]]:
+    """The experts that are chosen inside, op by op in order: int64 [rows, k] each.
+
+    Only of runners without graphs: replaying one chooses unseen.
+    """
+    found: list[torch.Tensor] = []
+    route = Moe._route
+
+    def and_record(moe: Moe, step: Step, b: Buffers) -> None:
+        route(moe, step, b)
+        found.append(b.expert_ids[: step.rows].to(torch.int64))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Moe, "_route", and_record)
+        yield found
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import torch
 from oracle import published
 from oracle.distance import errors
 from oracle.families import FAMILIES, Family, prompt
-from oracle.model import Model, choose_experts
+from oracle.model import Model, choice_scores, choose_experts, expert_weights, overreach
 from oracle.quantizers import (
     FP8_MAX,
     dequantize,
@@ -59,10 +59,11 @@ def test_groups_that_take_no_part_are_excluded_below_zero_too() -> None:
         "routed_scaling_factor": 2.0,
     }
     logits = torch.tensor([[0.0, 1.0, -9.0, 2.0, -3.0, -4.0]], dtype=torch.float64)
-    ids, weights = choose_experts(config, logits, torch.full((6,), -5.0))
+    bias = torch.full((6,), -5.0)
+    ids = choose_experts(config, logits, bias)
     assert ids.tolist() == [[1, 0, 2]]  # 3 scores best of all, but its group is the weaker one
-    assert weights.sum() == pytest.approx(2.0)
-    tied, _ = choose_experts(config, torch.zeros(1, 6, dtype=torch.float64), torch.zeros(6))
+    assert expert_weights(config, logits, bias, ids).sum() == pytest.approx(2.0)
+    tied = choose_experts(config, torch.zeros(1, 6, dtype=torch.float64), torch.zeros(6))
     assert tied.tolist() == [[0, 1, 2]]
 
 
@@ -90,3 +91,41 @@ def test_dequantized_weights_are_within_half_a_step(quantize: object, step: floa
     weight = torch.randn(40, 300, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
     error = (dequantize(quantize(weight)) - weight.double()).abs().max()
     assert error <= step * weight.abs().max()
+
+
+@pytest.mark.parametrize(("groups", "kept"), [(1, 1), (4, 2)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_choice_overreaches_by_what_the_scores_lack(groups: int, kept: int, biased: bool) -> None:
+    generator = torch.Generator().manual_seed(5)
+    config = {
+        "topk_method": "noaux_tc",
+        "n_group": groups,
+        "topk_group": kept,
+        "num_experts_per_tok": 3,
+    }
+    logits = torch.randn(200, 12, generator=generator, dtype=torch.float64)
+    bias = 0.1 * torch.randn(12, generator=generator) if biased else None
+    scores = choice_scores(logits, bias)
+    assert overreach(config, scores, choose_experts(config, logits, bias), biased).max() == 0
+    # What a router off by at most `noise` chooses overreaches by less than twice that; what one
+    # off by much chooses overreaches by more.
+    for noise in (0.001, 0.02):
+        off = logits + noise * (2 * torch.rand(logits.shape, generator=generator) - 1)
+        error = (choice_scores(off, bias) - scores).abs().amax(dim=-1)
+        found = overreach(config, scores, choose_experts(config, off, bias), biased)
+        assert (found <= 2 * error).all()
+    wild = choose_experts(config, torch.randn(200, 12, generator=generator).double(), bias)
+    assert (overreach(config, scores, wild, biased) > 0.02).float().mean() > 0.9
+
+
+def test_other_experts_make_another_model() -> None:
+    family = FAMILIES["v3"]
+    model = Model(family.config, family.stored("bf16"))
+    free = model.run(TOKENS, len(TOKENS))
+    again = model.run(TOKENS, len(TOKENS), free.chosen)
+    assert torch.equal(again.logits, free.logits)
+    other = [ids.clone() for ids in free.chosen]
+    other[0][50, -1] = next(e for e in range(16) if e not in other[0][50].tolist())
+    pinned = model.run(TOKENS, len(TOKENS), other)
+    torch.testing.assert_close(pinned.logits[:50], free.logits[:50])
+    assert errors(pinned.logits, free.logits)[50] > 1e-3
