@@ -219,6 +219,22 @@ CONFIGS: Mapping[str, Config] = {
 """`config.json` of every row of the supported models, in the older spelling, as published."""
 
 
+PREFLIGHT_STEPS = [
+    "capture of the decode graphs",
+    "prefill of one token",
+    "prefill in one chunk",
+    "prefill in several chunks",
+    "prefill after a prefix hit",
+    "prefill after a prefix hit, absorbed",
+    "logits of every prompt token",
+    "prefill of several sequences",
+    "mixed batch",
+    "decode at the end of the longest sequence",
+    "decode of 1 to 64 sequences",
+]
+"""Kinds of step that preflight drives every model through, where the limits are the usual ones."""
+
+
 def tiny_config(**changes: Any) -> Config:
     """A V3 config small enough for real weights; None of the sizes is a multiple of a panel."""
     config = {

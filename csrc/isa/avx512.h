@@ -12,10 +12,12 @@ struct vf {
 LC_INLINE vf vset1(float x) { return {_mm512_set1_ps(x)}; }
 LC_INLINE vf vload(const float* p) { return {_mm512_loadu_ps(p)}; }
 LC_INLINE vf vload_n(const float* p, int n) {
+  lc::sees_read(p, 4 * static_cast<size_t>(n));
   return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p)};
 }
 LC_INLINE void vstore(float* p, vf a) { _mm512_storeu_ps(p, a.v); }
 LC_INLINE void vstore_n(float* p, vf a, int n) {
+  lc::sees_write(p, 4 * static_cast<size_t>(n));
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), a.v);
 }
 LC_INLINE vf vload_i32(const int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
@@ -30,6 +32,7 @@ LC_INLINE vf vload_bf16(const bf16* p) {
   return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 LC_INLINE vf vload_bf16_n(const bf16* p, int n) {
+  lc::sees_read(p, 2 * static_cast<size_t>(n));
   return widen_bf16(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p));
 }
 LC_INLINE __m256i narrow_bf16(vf a) {
@@ -42,6 +45,7 @@ LC_INLINE __m256i narrow_bf16(vf a) {
 }
 LC_INLINE void vstore_bf16(bf16* p, vf a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(a)); }
 LC_INLINE void vstore_bf16_n(bf16* p, vf a, int n) {
+  lc::sees_write(p, 2 * static_cast<size_t>(n));
   _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), narrow_bf16(a));
 }
 LC_INLINE vf vadd(vf a, vf b) { return {_mm512_add_ps(a.v, b.v)}; }

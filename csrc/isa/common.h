@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "formats/format.h"
+#include "runtime/sanitize.h"
 
 #define LC_INLINE static inline __attribute__((always_inline))
 // Register tiles exist only unrolled: left to itself the compiler keeps their arrays in memory.

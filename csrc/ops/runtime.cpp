@@ -12,13 +12,19 @@ namespace lc {
 namespace {
 
 void set_threads(int64_t n) {
-  if (n < 1 || n > 1024) Call("set_threads", true).range("n", n, 1, 1024);
+  Call("set_threads", true).range("n", n, 1, 1024);
   Team::get().resize(static_cast<int>(n));
 }
 int64_t num_threads() { return Team::get().size(); }
 int64_t cores() { return this_topology().threads(); }
 std::string isa_tier() { return tier_name(tier()); }
-void force_isa_tier(std::string name) { force_tier(name); }
+void force_isa_tier(std::string name) {
+  try {
+    force_tier(name);
+  } catch (const std::runtime_error& error) {
+    Call("force_isa_tier", true).fail("name", std::string("a tier of this CPU (") + error.what() + ")", name);
+  }
+}
 std::string cpu_features_text() {
   const CpuFeatures& f = cpu_features();
   std::string s;
@@ -69,11 +75,15 @@ void graph_free(int64_t handle) {
 void profile_begin() { Team::get().begin_profile(); }
 std::string profile_end() { return Team::get().end_profile(); }
 
-double peak_ops(int64_t format, double seconds) {
-  if (!is_format(format)) Call("peak_ops", true).fail("format", "a packed format in 1..5", std::to_string(format));
-  return measure_peak(static_cast<Format>(format), seconds);
+double in_seconds(const char* op, double seconds) {
+  if (!(seconds > 0.0 && seconds <= 60.0)) Call(op, true).fail("seconds", "0..60", std::to_string(seconds));
+  return seconds;
 }
-double read_bandwidth(double seconds) { return measure_read_bandwidth(seconds); }
+double peak_ops(int64_t format, double seconds) {
+  if (!is_format(format)) Call("peak_ops", true).fail("fmt", "a packed format in 1..5", std::to_string(format));
+  return measure_peak(static_cast<Format>(format), in_seconds("peak_ops", seconds));
+}
+double read_bandwidth(double seconds) { return measure_read_bandwidth(in_seconds("read_bandwidth", seconds)); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(latentcore, m) {
   m.def("set_threads(int n) -> ()");
@@ -90,7 +100,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(latentcore, m) {
   m.def("graph_free(int handle) -> ()");
   m.def("profile_begin() -> ()");
   m.def("profile_end() -> str");
-  m.def("peak_ops(int format, float seconds) -> float");
+  m.def("peak_ops(int fmt, float seconds) -> float");
   m.def("last_level_cache() -> int");
   m.def("read_bandwidth(float seconds) -> float");
 }

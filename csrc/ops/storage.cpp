@@ -8,53 +8,106 @@
 namespace lc {
 namespace {
 
-Memory memory(const char* op, int64_t address, int64_t bytes, int64_t groups) {
-  const Call c(op, true);
-  if (address <= 0 || address % kDirectAlign != 0) c.fail("address", "a page's", std::to_string(address));
-  c.range("bytes", bytes, 1, int64_t{1} << 50);
-  c.range("groups", groups, 1, bytes);
-  c.refuse_capture("address");
-  return {reinterpret_cast<uint8_t*>(address), bytes, groups};
+// A tensor's bytes, `groups` equal pieces.
+Memory memory(const Call& c, const char* name, const Tensor& t, int64_t groups, bool written) {
+  const Call::View v = written ? c.target(name, t, DType::Byte, {kAny}) : c.tensor(name, t, DType::Byte, {kAny});
+  if (v.size(0) < 1) c.fail(name, "at least one byte", "none");
+  c.range("groups", groups, 1, v.size(0));
+  c.refuse_capture(name);
+  return {static_cast<uint8_t*>(v.data), v.size(0), groups};
 }
-FilePlace place(const char* op, int64_t file, int64_t offset, bool direct) {
-  const Call c(op, true);
+
+FilePlace place(const Call& c, const char* name, const Tensor& t, const Memory& m, int64_t file, int64_t offset,
+                bool direct) {
   c.range("file", file, 0, int64_t{1} << 30);
   c.range("offset", offset, 0, int64_t{1} << 60);
-  if (direct && offset % kDirectAlign != 0)
-    c.fail("offset", "a multiple of " + std::to_string(kDirectAlign), std::to_string(offset));
+  if (direct) {
+    if (offset % kDirectAlign != 0)
+      c.fail("offset", "a multiple of " + std::to_string(kDirectAlign), std::to_string(offset));
+    const int64_t odd = static_cast<int64_t>(reinterpret_cast<uintptr_t>(m.data) % kDirectAlign);
+    if (odd != 0)
+      c.fail(name, "memory aligned to " + std::to_string(kDirectAlign) + " bytes", std::to_string(odd));
+    // What lies behind the tensor's end is moved too, and has to be its own.
+    int64_t room = 0;
+    if (aoti_torch_get_storage_size(t.get(), &room) != 0) c.fail(name, "a tensor with memory", "none");
+    room -= t.storage_offset();
+    if (room < round_up(m.bytes, kDirectAlign))
+      c.fail(name, "memory to the end of its last " + std::to_string(kDirectAlign) + " bytes",
+             std::to_string(room) + " bytes");
+  }
   return {static_cast<int>(file), offset, direct};
 }
 
-int64_t read_memory(int64_t address, int64_t bytes, int64_t groups, int64_t file, int64_t offset, bool direct) {
-  const Memory r = memory("read_memory", address, bytes, groups);
-  return static_cast<int64_t>(load_memory(r, place("read_memory", file, offset, direct)));
+using Move = Moved (*)(const Memory&, const FilePlace&);
+
+template <bool Run>
+void move(const char* op, Move moved, const char* name, const Tensor& t, bool written, int64_t groups,
+          int64_t file, int64_t offset, bool direct, const Tensor& result) {
+  checked(op, Run, [&](const Call& c) {
+    const Memory m = memory(c, name, t, groups, written);
+    const FilePlace at = place(c, name, t, m, file, offset, direct);
+    auto* out = c.output<int64_t>("result", result, DType::Long, {2});
+    if (!c.runs()) return;
+    c.apart();
+    const Moved done = moved(m, at);
+    out[0] = static_cast<int64_t>(done.sum);
+    out[1] = done.error;
+  });
 }
-int64_t write_memory(int64_t address, int64_t bytes, int64_t groups, int64_t file, int64_t offset, bool direct) {
-  const Memory r = memory("write_memory", address, bytes, groups);
-  return static_cast<int64_t>(store_memory(r, place("write_memory", file, offset, direct)));
+template <bool Run>
+void read_memory(Tensor dst, int64_t groups, int64_t file, int64_t offset, bool direct, Tensor result) {
+  move<Run>("read_memory", &load_memory, "dst", dst, true, groups, file, offset, direct, result);
 }
-void touch_memory(int64_t address, int64_t bytes, int64_t groups) {
-  place_memory(memory("touch_memory", address, bytes, groups));
+LC_OP(read_memory, "(Tensor(a!) dst, int groups, int file, int offset, bool direct, Tensor(b!) result) -> ()")
+template <bool Run>
+void write_memory(Tensor src, int64_t groups, int64_t file, int64_t offset, bool direct, Tensor result) {
+  move<Run>("write_memory", &store_memory, "src", src, false, groups, file, offset, direct, result);
 }
-std::string memory_placement(int64_t address, int64_t bytes, int64_t groups) {
-  const Placement p = placement_of(memory("memory_placement", address, bytes, groups));
-  return std::to_string(p.pages) + " " + std::to_string(p.unknown) + " " + std::to_string(p.own);
+LC_OP(write_memory, "(Tensor src, int groups, int file, int offset, bool direct, Tensor(a!) result) -> ()")
+
+template <bool Run>
+void touch_memory(Tensor dst, int64_t groups) {
+  checked("touch_memory", Run, [&](const Call& c) {
+    const Memory m = memory(c, "dst", dst, groups, true);
+    if (c.runs()) place_memory(m);
+  });
 }
+LC_OP(touch_memory, "(Tensor(a!) dst, int groups) -> ()")
+
+template <bool Run>
+void memory_placement(Tensor memory, int64_t groups, Tensor counts) {
+  checked("memory_placement", Run, [&](const Call& c) {
+    const Memory m = lc::memory(c, "memory", memory, groups, false);
+    auto* out = c.output<int64_t>("counts", counts, DType::Long, {3});
+    if (!c.runs()) return;
+    c.apart();
+    const Placement p = placement_of(m);
+    out[0] = p.pages;
+    out[1] = p.unknown;
+    out[2] = p.own;
+  });
+}
+LC_OP(memory_placement, "(Tensor memory, int groups, Tensor(a!) counts) -> ()")
 
 int64_t pack_version() { return kPackVersion; }
 
 // Threads, one a line: core's logical processor, socket, node; before them quota and logical processors.
-std::string topology(std::string root, Desc allowed) {
-  std::vector<int> cpus;
-  for (const int64_t cpu : allowed) {
-    Call("topology", true).range("allowed", cpu, 0, 1 << 16);
-    cpus.push_back(static_cast<int>(cpu));
-  }
-  const Topology t = cpus.empty() ? this_topology() : read_topology(root, cpus);
+std::string text(const Topology& t) {
   std::string out = std::to_string(t.quota) + " " + std::to_string(t.logical) + " " + std::to_string(t.threads());
   for (const Core& core : t.cores)
     out += "\n" + std::to_string(core.cpu) + " " + std::to_string(core.package) + " " + std::to_string(core.node);
   return out;
+}
+std::string topology() { return text(this_topology()); }
+std::string topology_below(std::string root, Desc allowed) {
+  const Call c("topology_below", true);
+  if (allowed.empty()) c.fail("allowed", "at least one processor", "none");
+  std::vector<int> cpus;
+  for (const int64_t cpu : allowed) {
+    c.range("allowed", cpu, 0, 1 << 16);
+    cpus.push_back(static_cast<int>(cpu));
+  }
+  return text(read_topology(root, cpus));
 }
 std::string owned_ranges(int64_t n, int64_t threads, int64_t turn) {
   const Call c("owned_ranges", true);
@@ -70,21 +123,15 @@ std::string owned_ranges(int64_t n, int64_t threads, int64_t turn) {
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(latentcore, m) {
-  m.def("read_memory(int address, int bytes, int groups, int file, int offset, bool direct) -> int");
-  m.def("write_memory(int address, int bytes, int groups, int file, int offset, bool direct) -> int");
-  m.def("touch_memory(int address, int bytes, int groups) -> ()");
-  m.def("memory_placement(int address, int bytes, int groups) -> str");
   m.def("pack_version() -> int");
-  m.def("topology(str root, int[] allowed) -> str");
+  m.def("topology() -> str");
+  m.def("topology_below(str root, int[] allowed) -> str");
   m.def("owned_ranges(int n, int threads, int turn) -> str");
 }
 STABLE_TORCH_LIBRARY_IMPL(latentcore, CompositeExplicitAutograd, m) {
-  m.impl("read_memory", TORCH_BOX(&read_memory));
-  m.impl("write_memory", TORCH_BOX(&write_memory));
-  m.impl("touch_memory", TORCH_BOX(&touch_memory));
-  m.impl("memory_placement", TORCH_BOX(&memory_placement));
   m.impl("pack_version", TORCH_BOX(&pack_version));
   m.impl("topology", TORCH_BOX(&topology));
+  m.impl("topology_below", TORCH_BOX(&topology_below));
   m.impl("owned_ranges", TORCH_BOX(&owned_ranges));
 }
 

@@ -1,5 +1,6 @@
-// Scratch under AddressSanitizer: a gap that may not be touched behind every buffer, and NaN where a
-// kernel has not written yet. Nothing of it is left in other builds.
+// Under AddressSanitizer: scratch with a gap that may not be touched behind every buffer, and NaN where a
+// kernel has not written yet; and a look at what masked instructions touch, which the compiler does not
+// check. Nothing of it is left in other builds.
 #pragma once
 
 #include <cstddef>
@@ -10,8 +11,19 @@
 
 #include <cstring>
 
+extern "C" {
+void __asan_loadN(const void* p, size_t bytes);
+void __asan_storeN(void* p, size_t bytes);
+}
+
 namespace lc {
 constexpr int64_t kScratchGap = 64;
+static inline void sees_read(const void* p, size_t bytes) {
+  if (bytes != 0) __asan_loadN(p, bytes);
+}
+static inline void sees_write(void* p, size_t bytes) {
+  if (bytes != 0) __asan_storeN(p, bytes);
+}
 static inline void close_memory(const void* p, size_t bytes) { __asan_poison_memory_region(p, bytes); }
 static inline void open_memory(const void* p, size_t bytes) { __asan_unpoison_memory_region(p, bytes); }
 // For a kernel that uses the first `need` of `bytes`.
@@ -27,6 +39,8 @@ static inline void renew_scratch(uint8_t* p, size_t need, size_t bytes) {
 
 namespace lc {
 constexpr int64_t kScratchGap = 0;
+static inline void sees_read(const void*, size_t) {}
+static inline void sees_write(void*, size_t) {}
 static inline void close_memory(const void*, size_t) {}
 static inline void open_memory(const void*, size_t) {}
 static inline void renew_scratch(uint8_t*, size_t, size_t) {}

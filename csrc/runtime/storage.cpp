@@ -7,8 +7,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
-#include <cstring>
-#include <stdexcept>
 #include <string>
 
 #include "formats/format.h"
@@ -22,7 +20,8 @@ namespace {
 // What is moved at once: small enough to be summed up from the cache that it was copied through.
 constexpr int64_t kBlock = 256 << 10;
 constexpr int64_t kPage = 4096;
-constexpr int kEnded = -1;  // in place of an errno: the file ends too soon
+
+uint8_t* page_of(uint8_t* at) { return at - reinterpret_cast<uintptr_t>(at) % kPage; }
 
 struct alignas(64) Sum {
   uint64_t value = 0;
@@ -89,8 +88,9 @@ void write_kernel(const Ctx& ctx, const void* p) {
 void touch_kernel(const Ctx& ctx, const void* p) {
   const auto& r = *static_cast<const Memory*>(p);
   each_block(r, ctx.tid, ctx.nt, [&](int64_t begin, int64_t end) {
-    for (int64_t at = begin; at < end; at += kPage) {
-      volatile uint8_t* byte = r.data + at;
+    uint8_t* const last = r.data + end;
+    for (uint8_t* at = r.data + begin; at < last; at = page_of(at) + kPage) {
+      volatile uint8_t* byte = at;
       *byte = *byte;
     }
   });
@@ -101,24 +101,21 @@ const Kernel kRead{"read", &read_kernel, &no_scratch};
 const Kernel kWrite{"write", &write_kernel, &no_scratch};
 const Kernel kTouch{"touch", &touch_kernel, &no_scratch};
 
-uint64_t move_memory(const Kernel& kernel, const Memory& memory, const FilePlace& place) {
+Moved move_memory(const Kernel& kernel, const Memory& memory, const FilePlace& place) {
   std::vector<Sum> sums(static_cast<size_t>(Team::get().size()));
   std::atomic<int> error{0};
   const MoveArgs args{memory, place, sums.data(), &error};
   const Node node{&kernel, &args};
   Team::get().run(&node, 1);
-  const int failed = error.load();
-  if (failed == kEnded) throw std::runtime_error("the file ends too soon");
-  if (failed != 0) throw std::runtime_error(std::strerror(failed));
-  uint64_t total = 0;
-  for (const Sum& sum : sums) total += sum.value;
-  return total;
+  Moved out{0, error.load()};
+  for (const Sum& sum : sums) out.sum += sum.value;
+  return out;
 }
 
 }  // namespace
 
-uint64_t load_memory(const Memory& to, const FilePlace& from) { return move_memory(kRead, to, from); }
-uint64_t store_memory(const Memory& from, const FilePlace& to) { return move_memory(kWrite, from, to); }
+Moved load_memory(const Memory& to, const FilePlace& from) { return move_memory(kRead, to, from); }
+Moved store_memory(const Memory& from, const FilePlace& to) { return move_memory(kWrite, from, to); }
 
 void place_memory(const Memory& memory) {
   const Node node{&kTouch, &memory};
@@ -132,7 +129,7 @@ Placement placement_of(const Memory& memory) {
   std::vector<int> owners;
   for (int64_t at = 0; at < memory.bytes; at += kBlock) {
     const int64_t middle = at + (std::min(memory.bytes, at + kBlock) - at) / 2;
-    pages.push_back(memory.data + middle / kPage * kPage);
+    pages.push_back(page_of(memory.data + middle));
     owners.push_back(owner_of_byte(middle, memory.bytes, memory.groups, nt));
   }
   Placement out;

@@ -8,14 +8,14 @@
 namespace lc {
 
 // Memory that the team's threads own: `groups` equal pieces (experts), each shared out over all
-// threads, or one. Page-aligned, and backed to the end of its last page.
+// threads, or one.
 struct Memory {
   uint8_t* data;
   int64_t bytes, groups;
 };
 
-// A place in an open file. `direct`: opened with O_DIRECT, whose offsets and lengths are multiples of
-// kDirectAlign; what lies behind `bytes` up to the next multiple is moved too.
+// A place in an open file. `direct`: opened with O_DIRECT, whose addresses, offsets and lengths are
+// multiples of kDirectAlign; what lies behind `bytes` up to the next multiple is moved too.
 struct FilePlace {
   int file;
   int64_t offset;
@@ -23,10 +23,14 @@ struct FilePlace {
 };
 constexpr int64_t kDirectAlign = 4096;
 
-// Both return a checksum of the bytes, the same for any number of threads and groups, and throw
-// std::runtime_error with the system's words, or where the file ends too soon.
-uint64_t load_memory(const Memory& to, const FilePlace& from);
-uint64_t store_memory(const Memory& from, const FilePlace& to);
+// A checksum of the bytes, the same for any number of threads and groups, and 0, an errno, or kEnded.
+struct Moved {
+  uint64_t sum;
+  int error;
+};
+constexpr int kEnded = -1;  // the file ends too soon
+Moved load_memory(const Memory& to, const FilePlace& from);
+Moved store_memory(const Memory& from, const FilePlace& to);
 
 // Writes to one byte of every page, without changing it: fresh memory comes to lie with its owners.
 void place_memory(const Memory& memory);

@@ -10,6 +10,7 @@ import torch
 from checkpoints import (
     CONFIGS,
     FP8_SECTION,
+    PREFLIGHT_STEPS,
     Config,
     Entry,
     Sparse,
@@ -54,21 +55,6 @@ def _wordlevel(folder: Path, tokens: int) -> None:
 
 # ---------------------------------------------------------------------------------------------
 # Ready
-
-
-STEPS = [
-    "capture of the decode graphs",
-    "prefill of one token",
-    "prefill in one chunk",
-    "prefill in several chunks",
-    "prefill after a prefix hit",
-    "prefill after a prefix hit, absorbed",
-    "logits of every prompt token",
-    "prefill of several sequences",
-    "mixed batch",
-    "decode at the end of the longest sequence",
-    "decode of 1 to 64 sequences",
-]
 
 
 def test_stale_or_missing_quantization_section_is_a_warning(tmp_path: Path) -> None:
@@ -227,7 +213,7 @@ def test_small_limits_are_walked_too(tmp_path: Path, fmt: str, engine: EngineCon
     report = preflight(_sparse(tmp_path, TINY, fmt), engine)
     assert report.problems == []
     assert report.steps[-1] == f"decode of 1 to {engine.max_num_seqs} sequences"
-    assert set(report.steps) <= {*STEPS, report.steps[-1]}
+    assert set(report.steps) <= {*PREFLIGHT_STEPS, report.steps[-1]}
 
 
 def test_a_call_that_only_a_capture_makes_is_checked(

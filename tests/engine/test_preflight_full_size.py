@@ -8,7 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from checkpoints import CONFIGS, YARN_V3, Entry, Sparse, tensor_list, write_config
+from checkpoints import (
+    CONFIGS,
+    PREFLIGHT_STEPS,
+    YARN_V3,
+    Entry,
+    Sparse,
+    tensor_list,
+    write_config,
+)
 
 from latentcore.config import EngineConfig
 from latentcore.engine.preflight import preflight
@@ -34,19 +42,6 @@ print(json.dumps([report.problems, peak, report.tensors, report.shards, sorted(s
                   report.memory.cache_per_1000, report.memory.max_model_len,
                   list(report.weight_bytes_per_token), report.steps]))
 """
-STEPS = [
-    "capture of the decode graphs",
-    "prefill of one token",
-    "prefill in one chunk",
-    "prefill in several chunks",
-    "prefill after a prefix hit",
-    "prefill after a prefix hit, absorbed",
-    "logits of every prompt token",
-    "prefill of several sequences",
-    "mixed batch",
-    "decode at the end of the longest sequence",
-    "decode of 1 to 64 sequences",
-]
 SCHEMES = {"bf16": "bf16", "int8": "w8a8_int8", "fp8": "fp8"}
 
 
@@ -78,7 +73,7 @@ def test_published_checkpoints_are_ready(tmp_path: Path, name: str, fmt: str) ->
     assert cache == 1000 * 576 * 2 * config["num_hidden_layers"]
     assert longest == config["max_position_embeddings"]
     assert batches == [1, 8, 32]
-    assert steps == STEPS
+    assert steps == PREFLIGHT_STEPS
 
 
 # ---------------------------------------------------------------------------------------------

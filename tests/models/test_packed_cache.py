@@ -24,7 +24,7 @@ from latentcore.models.loader import load_weights, pack_ahead
 from latentcore.models.packed_cache import Pack, entries, pack_of
 from latentcore.models.parts import buffers_of_model
 from latentcore.models.resolve import resolve
-from latentcore.ops import runtime, storage
+from latentcore.ops import control, runtime, storage
 from latentcore.quant.packed import huge_buffer
 
 CONFIG = tiny_config(hidden_size=200, kv_lora_rank=136, vocab_size=3001)
@@ -467,4 +467,4 @@ def test_bytes_change_only_with_the_version(tmp_path: Path, version: str) -> Non
     for data in contents(load(tmp_path, quantization)).values():
         digest.update(data)
     assert digest.hexdigest()[:16] == GOLDEN[version]
-    assert versions == [str(packed_cache._CONTENT_VERSION), str(storage.pack_version())]
+    assert versions == [str(packed_cache._CONTENT_VERSION), str(control.pack_version())]

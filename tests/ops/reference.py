@@ -9,6 +9,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from latentcore.ops import packing
@@ -287,3 +288,29 @@ def sample(
     point = at * float(weights.sum())
     token = int((weights.cumsum(0) > point).nonzero()[0])
     return token, float(torch.log(weights[token] / weights.sum()))
+
+
+def checksum(data: torch.Tensor) -> int:
+    """The checksum of csrc/runtime/checksum.h, of uint8 [n], as a signed number."""
+    block = 256 << 10
+    sums = (_block_sum(data[at : at + block], at // block) for at in range(0, len(data), block))
+    total = sum(sums) % 2**64
+    return total - 2**64 if total >= 2**63 else total
+
+
+def _block_sum(data: torch.Tensor, index: int) -> int:
+    step, mix, full = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 2**64 - 1
+    n = len(data)
+    lines = -(-n // 64)
+    values = np.zeros((lines, 8), dtype=np.uint64)
+    values.view(np.uint8).reshape(-1)[:n] = data.numpy()
+    first = np.array([mix * (lane + 1) & full for lane in range(8)], dtype=np.uint64)
+    keys = first + np.arange(lines, dtype=np.uint64)[:, None] * np.uint64(step)
+    mixed = values ^ keys
+    products = (mixed & np.uint64(2**32 - 1)) * (mixed >> np.uint64(32))
+    beside = values[:, [1, 0, 3, 2, 5, 4, 7, 6]]
+    h = ((index + 1) * step ^ n * mix) & full
+    for value in (products + beside).sum(axis=0, dtype=np.uint64).tolist():
+        h = (h ^ value) * mix & full
+        h ^= h >> 29
+    return (h * step ^ h >> 32) & full

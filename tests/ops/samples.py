@@ -5,15 +5,16 @@ what must stand in them afterwards. `SAMPLES` maps an op's name to its samples; 
 fails the contract test.
 """
 
+import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
-from latentcore.ops import dense, mla, moe, packing, sampling
+from latentcore.ops import dense, mla, moe, packing, sampling, storage
 from latentcore.quant.packed import Format, PackedWeight, huge_buffer, packed_nbytes
 from tests.ops import reference
 from tests.ops.reference import BF16, F64, Matrix, bf16
@@ -82,7 +83,7 @@ class Rows:
         )
 
 
-Expected = Exact | Within | Rows
+Expected: TypeAlias = "Exact | Within | Rows | Pages"
 
 
 def bits(t: torch.Tensor) -> torch.Tensor:
@@ -1020,6 +1021,91 @@ def _init_packed(fmt: Format, *shape: int) -> Callable[[torch.Generator], Case]:
     return make
 
 
+# ---- memory and files --------------------------------------------------------------------------
+
+
+def _file(content: torch.Tensor, offset: int) -> int:
+    """An open file in memory, left open: it is gone with the process."""
+    file = os.memfd_create("sample")
+    os.pwrite(file, content.numpy().tobytes(), offset)
+    return file
+
+
+def _noise(g: torch.Generator, n: int) -> torch.Tensor:
+    return torch.randint(0, 256, (n,), generator=g, dtype=torch.uint8)
+
+
+def _read_memory(n: int, groups: int, offset: int) -> Callable[[torch.Generator], Case]:
+    def make(g: torch.Generator) -> Case:
+        content = _noise(g, n)
+        arguments = {
+            "dst": ~content,
+            "groups": groups,
+            "file": _file(content, offset),
+            "offset": offset,
+            "direct": False,
+            "result": poison((2,), torch.int64),
+        }
+        moved = torch.tensor([reference.checksum(content), 0])
+        return Case(storage.read_memory, arguments, {"dst": Exact(content), "result": Exact(moved)})
+
+    return make
+
+
+def _write_memory(n: int, groups: int, offset: int) -> Callable[[torch.Generator], Case]:
+    def make(g: torch.Generator) -> Case:
+        content = _noise(g, n)
+        arguments = {
+            "src": content,
+            "groups": groups,
+            "file": _file(~content, offset),
+            "offset": offset,
+            "direct": False,
+            "result": poison((2,), torch.int64),
+        }
+        moved = torch.tensor([reference.checksum(content), 0])
+        return Case(storage.write_memory, arguments, {"result": Exact(moved)})
+
+    return make
+
+
+def _touch_memory(n: int, groups: int) -> Callable[[torch.Generator], Case]:
+    def make(g: torch.Generator) -> Case:
+        content = _noise(g, n)
+        return Case(
+            storage.touch_memory,
+            {"dst": content, "groups": groups},
+            {"dst": Exact(content.clone())},
+        )
+
+    return make
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Counts of pages: looked at and unknown make one of every 256 KiB, and no more are our own."""
+
+    blocks: int
+    written: torch.Tensor | None = None
+
+    def error(self, got: torch.Tensor) -> str | None:
+        pages, unknown, own = got.tolist()
+        right = pages + unknown == self.blocks and 0 <= own <= pages and unknown >= 0
+        return None if right else f"{got.tolist()} of {self.blocks} blocks"
+
+
+def _memory_placement(n: int, groups: int) -> Callable[[torch.Generator], Case]:
+    def make(g: torch.Generator) -> Case:
+        arguments = {
+            "memory": _noise(g, n),
+            "groups": groups,
+            "counts": poison((3,), torch.int64),
+        }
+        return Case(storage.memory_placement, arguments, {"counts": Pages(-(-n // (256 << 10)))})
+
+    return make
+
+
 # ---- the table -------------------------------------------------------------------------------
 
 BF, I8, F8, I8W, F32 = Format.BF16, Format.INT8, Format.FP8, Format.INT8_WIDE, Format.F32
@@ -1236,6 +1322,11 @@ def _table() -> list[Sample]:
         )
     for fmt in Format:
         add("init_packed", NAMES[fmt], "3x1x40x70", _init_packed(fmt, 3, 1, 40, 70))
+    for n, groups, offset in ((1, 1, 0), (100_003, 7, 5), (600_001, 3, 4096)):
+        add("read_memory", "none", f"{n}-{groups}-{offset}", _read_memory(n, groups, offset))
+        add("write_memory", "none", f"{n}-{groups}-{offset}", _write_memory(n, groups, offset))
+        add("touch_memory", "none", f"{n}-{groups}", _touch_memory(n, groups))
+        add("memory_placement", "none", f"{n}-{groups}", _memory_placement(n, groups))
     return table
 
 
@@ -1253,5 +1344,36 @@ EAGER_ONLY: Mapping[str, str] = {
     "penalize": "logits",
     "sample": "logits",
     "logprobs": "logits",
+    "read_memory": "dst",
+    "write_memory": "src",
+    "touch_memory": "dst",
+    "memory_placement": "memory",
 }
 """Ops that refuse a capture, and the argument that they name."""
+
+_NOTHING: Sequence[Mapping[str, Any]] = ({},)
+
+PLAIN_SAMPLES: Mapping[str, Sequence[Mapping[str, Any]]] = {
+    "set_threads": ({"n": 1}, {"n": 3}),
+    "num_threads": _NOTHING,
+    "cores": _NOTHING,
+    "topology": _NOTHING,
+    "topology_below": ({"root": "", "allowed": [0]}, {"root": "/nowhere", "allowed": [3, 5]}),
+    "owned_ranges": ({"n": 10, "threads": 3, "turn": 7},),
+    "isa_tier": _NOTHING,
+    "force_isa_tier": ({"name": ""}, {"name": "avx2"}),
+    "cpu_features": _NOTHING,
+    "packed_bytes": ({"desc": [int(Format.FP8), 2, 2, 40, 70]},),
+    "pack_version": _NOTHING,
+    "release_scratch": _NOTHING,
+    "graph_begin": _NOTHING,
+    "graph_end": _NOTHING,
+    "graph_replay": ({"handle": 1},),
+    "graph_free": ({"handle": 1},),
+    "profile_begin": _NOTHING,
+    "profile_end": _NOTHING,
+    "peak_ops": ({"fmt": int(Format.BF16), "seconds": 0.001},),
+    "last_level_cache": _NOTHING,
+    "read_bandwidth": ({"seconds": 0.001},),
+}
+"""Arguments of the ops without tensors."""

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from latentcore.ops import dense, mla, moe, native, packing, runtime, sampling
+from latentcore.ops import control, dense, mla, moe, packing, sampling, storage
 from latentcore.quant.packed import PackedWeight
 
-MODULES = (dense, mla, moe, native, packing, runtime, sampling)
+MODULES = (control, dense, mla, moe, packing, sampling, storage)
 
 
 def registered(key: str | None = None) -> frozenset[str]:
@@ -37,6 +37,8 @@ def takes_tensors(name: str) -> bool:
 
 
 TENSOR_OPS = tuple(sorted(name for name in registered() if takes_tensors(name)))
+PLAIN_OPS = tuple(sorted(registered() - set(TENSOR_OPS)))
+ALL_OPS = TENSOR_OPS + PLAIN_OPS
 
 
 def home(name: str) -> ModuleType:
@@ -49,9 +51,9 @@ def home(name: str) -> ModuleType:
     return found[0]
 
 
-def wrapper(name: str) -> Callable[..., None]:
+def wrapper(name: str) -> Callable[..., Any]:
     """The Python function of an op."""
-    function: Callable[..., None] = getattr(home(name), name)
+    function: Callable[..., Any] = getattr(home(name), name)
     return function
 
 

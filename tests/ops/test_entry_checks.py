@@ -1,10 +1,12 @@
 """One wrong argument, on every op: always an error that names op, argument, expected and found, the
 same for fake tensors of static shape, with nothing written. Never a crash."""
 
+import errno
 import logging
 import math
+import mmap
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,10 +18,10 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from latentcore.ops import dense, mla
-from latentcore.quant.packed import Format, PackedWeight
+from latentcore.quant.packed import Format, PackedWeight, huge_buffer
 from tests.ops import samples, schemas
 from tests.ops.reference import Matrix
-from tests.ops.samples import SAMPLES, Case, bits
+from tests.ops.samples import PLAIN_SAMPLES, SAMPLES, Case, bits
 
 EXAMPLES = settings(
     max_examples=12,
@@ -65,7 +67,14 @@ FREE = {
     ("route_softmax", "w", "rows"),
     ("mla_decode_attention", "w_vc", "cols"),
     *((op, "dst", side) for op in SAMPLES if op.startswith("pack_") for side in ("batch", "parts")),
+    ("read_memory", "dst", 0),
+    ("write_memory", "src", 0),
+    ("touch_memory", "dst", 0),
+    ("memory_placement", "memory", 0),
 }
+# Ops with one tensor: there is no other that a meta tensor disagrees with, and without any tensor
+# PyTorch itself refuses the call.
+ALONE = ("touch_memory",)
 # Sizes that contents contradict: on fake tensors the call passes, or another argument is blamed.
 HIDDEN = {("penalize", "token_ids", 0): "passes", ("add_bias", "token_ids", 0): "none"}
 
@@ -119,8 +128,15 @@ def wrong_tensors(op: str, name: str, t: torch.Tensor) -> Iterator[Break]:
             yield wrong(t.to, dtype)
     if t.numel() > 1:
         yield wrong(spread, t)
-    yield wrong(t.to, "meta", blames=False, fake="none")
-    for value in (None, 1.0, "x", [t], samples.one(Matrix(Format.F32, torch.zeros(1, 1)))):
+    if op not in ALONE:
+        yield wrong(t.to, "meta", blames=False, fake="none")
+    for value in (
+        *(() if op in ALONE else (None,)),
+        1.0,
+        "x",
+        [t],
+        samples.one(Matrix(Format.F32, torch.zeros(1, 1))),
+    ):
         yield wrong(the, value, fake="none")
 
 
@@ -191,9 +207,9 @@ def wrong_numbers(name: str, value: Any, case: Case) -> Iterator[Break]:
         for number in (0.0, -1.0, math.nan, math.inf, -math.inf):
             yield wrong(the, number)
     elif not isinstance(value, bool):
-        for number in (-1, 2**40, -(2**40)):
+        for number in (-1, 2**62, -(2**40), *(() if name == "offset" else (2**40,))):
             yield wrong(the, number, blames=False)
-        if name not in ("absorbed", "item", "part"):
+        if name not in ("absorbed", "item", "part", "file", "offset"):
             yield wrong(the, 0, blames=False)
         if name == "absorbed":
             yield wrong(the, case.arguments["x"].shape[0] + 1)
@@ -412,6 +428,58 @@ def test_a_float_is_no_tensor_below_the_wrapper_either(op: str, name: str) -> No
         found = message(lambda k=key: schemas.op(op)(*(arguments | {k: 0.017}).values()))  # type: ignore[misc]
         assert found is not None
         assert f"argument '{key}' but instead found type 'float'" in found
+
+
+# ---- ops without tensors -------------------------------------------------------------------------
+
+WRONG_PLAIN: Mapping[str, Sequence[object]] = {
+    "n": (-1, 2**41, -(2**62)),
+    "threads": (0, -1, 1025),
+    "turn": (-1, 2**40),
+    "root": (),
+    "allowed": ([], [-1], [2**40], [0, -3]),
+    "name": ("avx9", "AVX2", "avx2 ", "avx2\0"),
+    "desc": ([], [1, 1, 1, 1], [1] * 6, [0, 1, 1, 1, 1], [6, 1, 1, 1, 1], [1, 1, 3, 1, 1]),
+    "handle": (0, -1, 2**62),
+    "fmt": (0, 6, -1, 2**40),
+    "seconds": (0.0, -1.0, math.nan, math.inf, 61.0),
+}
+PLAIN_SITES = [(op, name) for op, samples_of in PLAIN_SAMPLES.items() for name in samples_of[0]]
+
+
+@pytest.mark.parametrize(("op", "name"), PLAIN_SITES)
+def test_one_wrong_argument_of_an_op_without_tensors_is_an_error(op: str, name: str) -> None:
+    for arguments in PLAIN_SAMPLES[op]:
+        for value in WRONG_PLAIN[name]:
+            found = message(lambda a=arguments, v=value: schemas.wrapper(op)(**{**a, name: v}))  # type: ignore[misc]
+            assert found is not None, f"{name} = {value!r} passed"
+            assert found.startswith(f"latentcore::{op}: argument '{name}': expected "), found
+            assert ", found " in found, found
+        for value in (None, torch.zeros(2), [1.5], {}):
+            found = message(lambda a=arguments, v=value: schemas.wrapper(op)(**{**a, name: v}))  # type: ignore[misc]
+            assert found is not None, f"{name} = {value!r} passed"
+            assert found.startswith(f"latentcore::{op}() Expected a value of type "), found
+            assert f"for argument '{name}' but instead found type" in found, found
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("op", "name"), [("read_memory", "dst"), ("write_memory", "src")])
+def test_moving_directly_needs_whole_pages(op: str, name: str) -> None:
+    """What lies behind the end is moved too: it must belong to the tensor."""
+    result = torch.zeros(2, dtype=torch.int64)
+
+    def direct(memory: torch.Tensor, offset: int = 0) -> str | None:
+        return message(lambda: schemas.wrapper(op)(memory, 1, 1 << 30, offset, True, result))
+
+    start = f"latentcore::{op}: argument '{name}': expected memory "
+    assert str(direct(huge_buffer(9000)[1:])).startswith(f"{start}aligned to 4096 bytes, found 1")
+    short = torch.frombuffer(mmap.mmap(-1, 8192), dtype=torch.uint8, count=5000)
+    assert direct(short) == f"{start}to the end of its last 4096 bytes, found 5000 bytes"
+    assert str(direct(huge_buffer(9000), 5)).endswith("expected a multiple of 4096, found 5")
+    assert direct(huge_buffer(9000)) is None
+    assert result.tolist()[1] == errno.EBADF
 
 
 # ---- memory that overlaps ------------------------------------------------------------------------

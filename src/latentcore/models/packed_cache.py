@@ -32,7 +32,7 @@ from latentcore.models.checkpoint import Checkpoint
 from latentcore.models.memory import available_memory, format_bytes
 from latentcore.models.parts import Meta, Part, buffers_of, parts_of
 from latentcore.models.resolve import ModelPlan
-from latentcore.ops import storage
+from latentcore.ops import control, storage
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def pack_of(plan: ModelPlan, checkpoint: Checkpoint) -> Pack:
     fingerprint = checkpoint.fingerprint()
     digest = hashlib.sha256()
     for text in (
-        f"latentcore pack {_CONTENT_VERSION} {storage.pack_version()}",
+        f"latentcore pack {_CONTENT_VERSION} {control.pack_version()}",
         fingerprint,
         *(f"{b.name} {b.data.nbytes} {b.groups}" for b in buffers),
         *(

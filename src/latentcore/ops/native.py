@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import latentcore._C  # noqa: F401  (registers torch.ops.latentcore)
-from latentcore.errors import UnsupportedCpuError
 
 if TYPE_CHECKING:
     from latentcore.quant.packed import PackedWeight
@@ -16,20 +15,6 @@ NAMESPACE = "latentcore"
 def op(name: str) -> Any:
     """The op `latentcore::name`, resolved once."""
     return getattr(getattr(torch.ops, NAMESPACE), name).default
-
-
-_isa_tier = op("isa_tier")
-
-
-def require_cpu() -> str:
-    """The instruction set tier in use: `avx2`, `avx512` or `amx`.
-
-    Raises UnsupportedCpuError where the CPU lacks AVX2, or what LATENTCORE_FORCE_ISA asks for.
-    """
-    try:
-        return str(_isa_tier())
-    except RuntimeError as error:
-        raise UnsupportedCpuError(str(error).splitlines()[0]) from None
 
 
 def unpack(name: str, argument: str, weight: "PackedWeight") -> tuple[torch.Tensor, list[int]]:

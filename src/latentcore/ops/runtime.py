@@ -6,32 +6,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentcore.errors import UserError
-from latentcore.ops.native import op, require_cpu
+from latentcore.errors import UnsupportedCpuError, UserError
+from latentcore.ops import control
 from latentcore.quant.packed import Format
-
-_set_threads = op("set_threads")
-_num_threads = op("num_threads")
-_cores = op("cores")
-_topology = op("topology")
-_owned_ranges = op("owned_ranges")
-_force_isa_tier = op("force_isa_tier")
-_cpu_features = op("cpu_features")
-_release_scratch = op("release_scratch")
-_graph_begin = op("graph_begin")
-_graph_end = op("graph_end")
-_graph_replay = op("graph_replay")
-_graph_free = op("graph_free")
-_profile_begin = op("profile_begin")
-_profile_end = op("profile_end")
-_peak_ops = op("peak_ops")
-_last_level_cache = op("last_level_cache")
-_read_bandwidth = op("read_bandwidth")
 
 
 def isa_tier() -> str:
-    """The instruction set tier in use: `avx2`, `avx512` or `amx`."""
-    return require_cpu()
+    """The instruction set tier in use: `avx2`, `avx512` or `amx`.
+
+    Raises UnsupportedCpuError where the CPU lacks AVX2, or what LATENTCORE_FORCE_ISA asks for.
+    """
+    try:
+        return control.isa_tier()
+    except RuntimeError as error:
+        raise UnsupportedCpuError(str(error).splitlines()[0]) from None
 
 
 @contextmanager
@@ -43,23 +31,23 @@ def forced_tier(name: str) -> Iterator[None]:
     Packed weights are the same for all tiers; results need not be.
     """
     try:
-        _force_isa_tier(name)
+        control.force_isa_tier(name)
     except RuntimeError as error:
         raise UserError(str(error).splitlines()[0]) from None
     try:
         yield
     finally:
-        _force_isa_tier("")
+        control.force_isa_tier("")
 
 
 def cpu_features() -> frozenset[str]:
     """What this CPU and operating system offer: avx2, avx512, avx512_bf16, avx512_vbmi, amx."""
-    return frozenset(str(_cpu_features()).split())
+    return frozenset(control.cpu_features().split())
 
 
 def default_threads() -> int:
     """Physical cores within the affinity mask and the cgroup's quota."""
-    return int(_cores())
+    return control.cores()
 
 
 @dataclass(frozen=True)
@@ -117,16 +105,16 @@ class Topology:
 
 def topology() -> Topology:
     """The cores that this process may use now."""
-    return _read_topology("", [])
+    return _parsed(control.topology())
 
 
 def topology_below(root: Path, allowed: Sequence[int]) -> Topology:
     """The same from copies of sysfs and procfs below `root`, with an affinity mask of `allowed`."""
-    return _read_topology(str(root), list(allowed))
+    return _parsed(control.topology_below(str(root), list(allowed)))
 
 
-def _read_topology(root: str, allowed: list[int]) -> Topology:
-    first, *lines = str(_topology(root, allowed)).splitlines()
+def _parsed(text: str) -> Topology:
+    first, *lines = text.splitlines()
     quota, logical, threads = map(int, first.split())
     cores = tuple(Core(*map(int, line.split())) for line in lines)
     return Topology(cores, quota or None, logical, threads)
@@ -134,36 +122,37 @@ def _read_topology(root: str, allowed: list[int]) -> Topology:
 
 def owned_ranges(n: int, threads: int, turn: int) -> list[range]:
     """Which of `n` units each thread owns; `turn` shifts who carries the remainder."""
-    lines = str(_owned_ranges(n, threads, turn)).splitlines()
+    lines = control.owned_ranges(n, threads, turn).splitlines()
     return [range(*map(int, line.split())) for line in lines]
 
 
 def num_threads() -> int:
     """Threads of the team, the caller's included."""
-    return int(_num_threads())
+    return control.num_threads()
 
 
 def set_threads(n: int) -> None:
     """Makes the team `n` threads, 1..1024; 1 gives all worker threads back."""
-    _set_threads(n)
+    control.set_threads(n)
 
 
 def release_scratch() -> None:
     """Gives the team's scratch memory back; the next op takes what it needs."""
-    _release_scratch()
+    control.release_scratch()
 
 
 def last_level_cache() -> int:
     """Bytes of all last-level caches of this machine; 0 where the system does not say."""
-    return int(_last_level_cache())
+    return control.last_level_cache()
 
 
 def read_bandwidth(seconds: float) -> float:
     """Bytes a second that the team reads, measured for about `seconds`.
 
-    The memory that is read is twice the last-level caches, 512 MiB at least.
+    The memory that is read is twice the last-level caches, but 512 MiB at least and 1 GiB at most;
+    where caches are too large for that, they are emptied of it before each pass.
     """
-    return float(_read_bandwidth(seconds))
+    return control.read_bandwidth(seconds)
 
 
 def peak_ops(fmt: Format, seconds: float) -> float:
@@ -172,7 +161,7 @@ def peak_ops(fmt: Format, seconds: float) -> float:
     For INT8 that is an int8 product, for F32 an fp32 one, for all others bf16 (fp32 where the tier
     has no bf16 instruction). A multiplication and an addition count as two.
     """
-    return float(_peak_ops(int(fmt), seconds))
+    return control.peak_ops(int(fmt), seconds)
 
 
 @dataclass(frozen=True)
@@ -209,11 +198,11 @@ def profiled() -> Iterator[list[Region]]:
     counter a barrier.
     """
     regions: list[Region] = []
-    _profile_begin()
+    control.profile_begin()
     try:
         yield regions
     finally:
-        for seconds, kernels in json.loads(_profile_end()):
+        for seconds, kernels in json.loads(control.profile_end()):
             runs = tuple(
                 KernelRun(
                     name, time, sum(p[0] for p in phases), sum(p[1] for p in phases), len(phases)
@@ -238,21 +227,21 @@ class Graph:
     @contextmanager
     def capture(cls) -> Iterator["Graph"]:
         """Records this thread's ops. An op that cannot be captured raises, and nothing is kept."""
-        graph = cls(int(_graph_begin()))
+        graph = cls(control.graph_begin())
         try:
             yield graph
         except BaseException:
-            _graph_end()
+            control.graph_end()
             graph.free()
             raise
-        graph.size = int(_graph_end())
+        graph.size = control.graph_end()
 
     def replay(self) -> None:
         """Runs the recorded ops in order."""
-        _graph_replay(self._handle)
+        control.graph_replay(self._handle)
 
     def free(self) -> None:
         """Forgets the recorded ops."""
         if self._handle:
-            _graph_free(self._handle)
+            control.graph_free(self._handle)
             self._handle = 0

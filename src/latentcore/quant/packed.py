@@ -74,16 +74,18 @@ def packed_nbytes(fmt: Format, batch: int, parts: int, rows: int, cols: int) -> 
 def huge_buffer(nbytes: int) -> torch.Tensor:
     """Zeroed private memory of `nbytes`, on huge pages where the system gives them: uint8 [nbytes].
 
-    Pages are placed when they are first written, so by the thread that packs them. The memory goes
+    Pages are placed when they are first written, so by the thread that packs them. The tensor's
+    storage goes on to the end of the last page, for reading past the page cache. The memory goes
     back to the system with the last tensor that looks at it.
     """
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, nbytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    whole = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, whole, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         # A kernel without transparent huge pages refuses: ordinary pages do.
         with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    return torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]
 
 
 @dataclass(frozen=True, eq=False)
