@@ -185,7 +185,6 @@ def test_ninety_thousand_tensors_take_no_more_each_than_a_few(tmp_path: Path) ->
     assert len(checkpoint.tensors) == 91_991
     assert len(checkpoint.shards) == 163
     assert large.calls / 91_991 <= each
-    print("CALLS", each, large.calls / 91_991, large.reads, large.bytes)
     headers = sum(8 + len(read_header(file)[0]) for file in checkpoint.shards)
     index = (tmp_path / "many" / INDEX_NAME).stat().st_size
     # Each header and the index once, in whole buffers, in a few calls a file.

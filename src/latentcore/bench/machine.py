@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from latentcore import __version__
+from latentcore.engine.bandwidth import keep_read_bandwidth
 from latentcore.models.cost import Cost
 from latentcore.ops import runtime
 from latentcore.quant.packed import Format
@@ -114,13 +115,16 @@ class Ceilings:
 def measure_ceilings(formats: Iterable[Format]) -> Ceilings:
     """Measures with the team of threads and the tier as they are set now; takes a few seconds.
 
-    The peak of bf16 is the faster of this tier's bf16 instruction and fp32 multiply-add.
+    The peak of bf16 is the faster of this tier's bf16 instruction and fp32 multiply-add. Where more
+    bandwidth is found than is kept for this machine, it is kept from now on.
     """
     needed = {_ARITHMETIC[fmt] for fmt in formats}
     peaks = {fmt: runtime.peak_ops(fmt, _PEAK_SECONDS) for fmt in sorted(needed | {Format.F32})}
     if Format.BF16 in peaks:
         peaks[Format.BF16] = max(peaks[Format.BF16], peaks[Format.F32])
-    return Ceilings(runtime.read_bandwidth(_BANDWIDTH_SECONDS), peaks)
+    bandwidth = runtime.read_bandwidth(_BANDWIDTH_SECONDS)
+    keep_read_bandwidth(bandwidth)
+    return Ceilings(bandwidth, peaks)
 
 
 @dataclass

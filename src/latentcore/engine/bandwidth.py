@@ -1,4 +1,7 @@
-"""This machine's read bandwidth, measured once and kept for the next time."""
+"""This machine's read bandwidth, measured once and kept for the next time.
+
+What else runs can only lower what is measured, so the most that was ever measured is kept.
+"""
 
 import hashlib
 import json
@@ -9,7 +12,7 @@ from pathlib import Path
 from latentcore.envs import cache_dir
 
 _SECONDS = 0.5
-_FORMAT = 2
+_FORMAT = 3
 
 
 def machine_read_bandwidth() -> float:
@@ -21,15 +24,31 @@ def machine_read_bandwidth() -> float:
     """
     from latentcore.ops import runtime
 
-    path = cache_dir() / "bandwidth.json"
+    found = _kept(_read(_path()), _machine_key(runtime.num_threads()))
+    return found or keep_read_bandwidth(runtime.read_bandwidth(_SECONDS))
+
+
+def keep_read_bandwidth(measured: float) -> float:
+    """Keeps what was measured with the team of threads as it is set now, if it is more than was
+    known: a first measurement may have come at a busy moment. Returns the larger of the two."""
+    from latentcore.ops import runtime
+
     key = _machine_key(runtime.num_threads())
-    known = _read(path)
-    found = known.get(key)
-    if isinstance(found, int | float) and found > 0:
-        return float(found)
-    measured = runtime.read_bandwidth(_SECONDS)
-    _write(path, {**known, key: measured})
+    known = _read(_path())
+    found = _kept(known, key)
+    if found is not None and found >= measured:
+        return found
+    _write(_path(), {**known, key: measured})
     return measured
+
+
+def _path() -> Path:
+    return cache_dir() / "bandwidth.json"
+
+
+def _kept(known: dict[str, object], key: str) -> float | None:
+    found = known.get(key)
+    return float(found) if isinstance(found, int | float) and found > 0 else None
 
 
 def _machine_key(threads: int) -> str:
