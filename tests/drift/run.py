@@ -112,17 +112,26 @@ def said(done: subprocess.CompletedProcess[str]) -> str:
 def apply(drift: Drift) -> dict[Path, str]:
     """Makes the change; gives each file's text before it. Fails where a place is not found once."""
     before: dict[Path, str] = {}
+    after: dict[Path, str] = {}
     for edit in drift.edits:
         path = TREE / edit.file
-        text = path.read_text()
-        before.setdefault(path, text)
+        before.setdefault(path, path.read_text())
+        text = after.get(path, before[path])
         if text.count(edit.old) != 1:
+            restore(before)
             sys.exit(
-                f"error: {drift.name}: expected this once in {edit.file}, found it "
+                f"FAILED: {drift.name}: expected this once in {edit.file}, found it "
                 f"{text.count(edit.old)} times; bring the drift up to date\n{edit.old}"
             )
-        path.write_text(text.replace(edit.old, edit.new))
+        after[path] = text.replace(edit.old, edit.new)
+        path.write_text(after[path])
     return before
+
+
+def restore(before: dict[Path, str]) -> None:
+    """Undoes a change."""
+    for path, text in before.items():
+        path.write_text(text)
 
 
 def main(words: Sequence[str]) -> int:
@@ -131,6 +140,8 @@ def main(words: Sequence[str]) -> int:
     if not chosen:
         sys.exit(f"error: no drift is named by {' '.join(words)}")
     copy = Copy()
+    for drift in chosen:  # before anything takes long
+        restore(apply(drift))
     start = time.perf_counter()
     if error := copy.build():
         sys.exit(f"error: the tree does not build: {error}")
@@ -142,7 +153,7 @@ def main(words: Sequence[str]) -> int:
     print(
         f"built in {built:.0f} s; without a drift all checks pass, in {seconds:.0f} s", flush=True
     )
-    survivors = 0
+    survivors: list[str] = []
     stale = False
     for drift in chosen:
         before = apply(drift)
@@ -153,13 +164,15 @@ def main(words: Sequence[str]) -> int:
         start = time.perf_counter()
         failure = ("compiler", error) if error else copy.first_failure()
         seconds = time.perf_counter() - start
-        for path, text in before.items():
-            path.write_text(text)
-        survivors += failure is None
+        restore(before)
+        if failure is None:
+            survivors.append(drift.name)
         verdict = f"{failure[0]}: {failure[1]}" if failure else "SURVIVED"
         rebuilt = f" after {built:.0f} s of building" if built >= 0.5 else ""
         print(f"{drift.name}\n    {seconds:5.1f} s{rebuilt}  {verdict}", flush=True)
-    print(f"{len(chosen) - survivors} of {len(chosen)} drifts noticed")
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} drifts noticed", flush=True)
+    for name in survivors:
+        print(f"FAILED: nothing noticed that {name}", file=sys.stderr)
     return 1 if survivors else 0
 
 
