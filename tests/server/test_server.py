@@ -13,6 +13,7 @@ import pytest
 
 from tests.server.process import ServerProcess
 
+ABORTED = 'request_success_total{engine="0",finished_reason="abort",model_name="tiny"}'
 USER = [{"role": "user", "content": "Hi"}]
 TOOLS: list[dict[str, Any]] = [
     {
@@ -521,6 +522,13 @@ TEXT = "/v1/completions"
         ("/tokenize", {}, "either prompt or messages"),
         ("/detokenize", {"tokens": [99999]}, "expected ids below"),
         ("/detokenize", {"tokens": [1] * 2049}, "at most max_model_len (2048), found 2049"),
+        (
+            TEXT,
+            {"prompt": "x", **{f"f{i}": 1 for i in range(300)}},
+            "at most 256 fields, found 301",
+        ),
+        (TEXT, {"prompt": "x", "stop_token_ids": [1] * 300_000}, "at most 262144 token ids"),
+        (CHAT, {"messages": USER, "tools": TOOLS * 513}, "at most 1024 items"),
         (TEXT, {"prompt": [7] * 100_000}, "the prompt has 100000 tokens, max_model_len is 2048"),
         (TEXT, {"prompt": [7] * 100_000 + ["x"]}, "prompt"),
     ],
@@ -674,6 +682,7 @@ def test_request_ids(server: ServerProcess) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_frees_its_blocks(server: ServerProcess, stream: bool) -> None:
     body = {"prompt": "Once", "max_tokens": 1900, "ignore_eos": True, "stream": stream}
+    aborted = server.metric(ABORTED)
     generated = server.metric("generation_tokens_total")
     with server.http() as http:
         if stream:
@@ -684,6 +693,8 @@ def test_a_client_that_goes_away_frees_its_blocks(server: ServerProcess, stream:
                 http.post(TEXT, json=body, timeout=0.05)
     server.wait_idle()
     assert server.metric("generation_tokens_total") < generated + 1900
+    # It is counted at once, though nothing else comes that would make another step.
+    assert server.metric(ABORTED) == aborted + 1
 
 
 def test_many_at_once_get_what_each_gets_alone(server: ServerProcess) -> None:

@@ -200,7 +200,7 @@ class AsyncEngine:
     def _run(self) -> None:
         try:
             while self._handle_inbox():
-                if self._engine.has_unfinished:
+                if self._engine.has_unfinished or self._engine.has_aborted:
                     step = self._engine.step()
                     self._deliver(step)
                     if self._observer is not None:

@@ -229,6 +229,11 @@ class Engine:
         return bool(self._requests)
 
     @property
+    def has_aborted(self) -> bool:
+        """Whether the next step has requests to tell of that were dropped."""
+        return bool(self._aborted)
+
+    @property
     def num_running(self) -> int:
         return len(self.scheduler.running)
 

@@ -16,6 +16,9 @@ MAX_CHOICES = 128
 MAX_LOGPROBS = 128
 """Largest number of alternatives reported at one position."""
 
+MAX_TOKEN_IDS = 1 << 18
+"""Entries of logit_bias and stop_token_ids: more than any vocabulary has."""
+
 MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_CHARACTERS = 4096
 _INT32_MAX = 2**31 - 1
@@ -270,9 +273,15 @@ def _token_ids(name: str, value: object) -> tuple[int, ...]:
         return ()
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise RequestError(f"{name}: expected a list of token ids, found {_shown(value)}")
+    _check_count(name, len(value))
     for item in value:
         _check_int(name, item, 0, _INT32_MAX)
     return tuple(value)
+
+
+def _check_count(name: str, count: int) -> None:
+    if count > MAX_TOKEN_IDS:
+        raise RequestError(f"{name}: expected at most {MAX_TOKEN_IDS} token ids, found {count}")
 
 
 def _logit_bias(value: object) -> Mapping[int, float]:
@@ -282,6 +291,7 @@ def _logit_bias(value: object) -> Mapping[int, float]:
         raise RequestError(
             f"logit_bias: expected a mapping of token ids to numbers, found {_shown(value)}"
         )
+    _check_count("logit_bias", len(value))
     biases: dict[int, float] = {}
     for key, bias in value.items():
         if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10:

@@ -208,7 +208,7 @@ class Service:
     async def completion(self, request: CompletionRequest) -> "CompletionRun":
         """Checks and queues a completion; the prompts run together."""
         self._check_model(request.model)
-        params = request.sampling_params(self.engine.loaded)
+        params = await asyncio.to_thread(request.sampling_params, self.engine.loaded)
         structured = params.structured_outputs
         params = params.replace(structured_outputs=None)
         prompts = request.prompts()
