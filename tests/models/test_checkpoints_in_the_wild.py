@@ -196,15 +196,6 @@ SUFFIXES = ("weight", "weight_scale", "weight_scale_inv")
 # Dense layers among routed ones: transformers knows no moe_layer_freq
 
 
-class _EveryOther(Model):
-    """The oracle, with a dense layer wherever the checkpoint holds one."""
-
-    def _experts(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        if f"{name}.gate.weight" in self.tensors:
-            return super()._experts(name, x)
-        return self._mlp(name, x)
-
-
 @pytest.mark.parametrize("fmt", ["bf16", "int8", "fp8"])
 @pytest.mark.parametrize(("first", "freq"), [(1, 2), (2, 2), (0, 3)])
 def test_dense_layers_among_routed_ones(first: int, freq: int, fmt: str, tmp_path: Path) -> None:
@@ -227,9 +218,7 @@ def test_dense_layers_among_routed_ones(first: int, freq: int, fmt: str, tmp_pat
         plain |= {n: t for n, t in dense.items() if n.startswith(prefix)}
     tensors = in_format(plain, fmt) if fmt != "bf16" else plain
     write_checkpoint(tmp_path / "apart", config, tensors)
-    as_model = {**config, "first_k_dense_replace": 0}
-    truth = _EveryOther(as_model, tensors)
-    yardstick = _EveryOther(as_model, tensors, rounding=True)
+    truth, yardstick = Model(config, tensors), Model(config, tensors, rounding=True)
     assert close_to_truth(logits(tmp_path / "apart"), truth, yardstick)
 
 

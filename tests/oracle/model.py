@@ -239,8 +239,7 @@ class Model:
             normed = self._norm(x, f"{name}.input_layernorm", config["rms_norm_eps"])
             x = self._round(x + self._attend(name, normed, angles, absorbed_from))
             normed = self._norm(x, f"{name}.post_attention_layernorm", config["rms_norm_eps"])
-            experts = config["n_routed_experts"] and layer >= config["first_k_dense_replace"]
-            if experts:
+            if self._routed(layer):
                 router = self._router_logits(f"{name}.mlp", normed)
                 bias = self._router_bias(f"{name}.mlp")
                 scores.append(choice_scores(router, bias))
@@ -258,6 +257,12 @@ class Model:
         head = "model.embed_tokens" if config["tie_word_embeddings"] else "lm_head"
         logits = x @ self.tensors[f"{head}.weight"].to(F64).t()
         return Run(logits, routed, scores)
+
+    def _routed(self, layer: int) -> bool:
+        config = self.config
+        if not config["n_routed_experts"] or layer < config["first_k_dense_replace"]:
+            return False
+        return layer % config.get("moe_layer_freq", 1) == 0
 
     def _router_logits(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return x @ self.tensors[f"{name}.gate.weight"].to(F64).t()
