@@ -95,6 +95,8 @@ def test_the_prompt_may_come_from_stdin(tiny_model: Path) -> None:
     assert len(first["token_ids"]) == 12
     assert first["finish_reason"] == "length"
     assert first["statistics"]["prompt_tokens"] == 4
+    assert list(first["load_seconds"]) == ["checks", "weights", "buffers and graphs"]
+    assert min(first["load_seconds"].values()) > 0
 
 
 def test_sampling_options_reach_the_model(

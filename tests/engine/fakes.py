@@ -261,4 +261,5 @@ def make_loaded(
         chat_template=None if template is None else ChatTemplate({"default": template}, {}),
         defaults=defaults or GenerationDefaults(),
         end_ids=(END_ID,),
+        load_seconds={},
     )

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,14 +94,42 @@ def test_second_start_has_the_bytes_of_fresh_packing(
     assert entry.model == str(folder.resolve())
 
 
-@pytest.mark.parametrize("direct", [False, True])
-def test_direct_reading_gives_the_same(
-    folder: Path, direct: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("memory", "cached", "direct"),
+    [(1 << 50, False, False), (1 << 50, True, False), (0, True, False), (0, False, True)],
+)
+def test_only_what_fits_nowhere_is_read_past_the_page_cache(
+    folder: Path, memory: int, cached: bool, direct: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fresh = contents(load(folder))
-    monkeypatch.setattr(packed_cache, "available_memory", lambda: 0 if direct else 1 << 50)
+    seen: set[bool] = set()
+    read = storage.read
+
+    def note(*args: Any, direct: bool) -> int:
+        seen.add(direct)
+        return read(*args, direct=direct)
+
+    monkeypatch.setattr(packed_cache, "available_memory", lambda: memory)
+    monkeypatch.setattr(packed_cache, "resident_share", lambda *_: float(cached))
+    monkeypatch.setattr(storage, "read", note)
     no_packing(monkeypatch)
     assert contents(load(folder)) == fresh
+    assert seen == {direct}
+
+
+def test_what_the_page_cache_holds_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(8 << 20))
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+        assert packed_cache.resident_share(stream.fileno(), 8 << 20) in (0.0, 1.0)
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        cold = packed_cache.resident_share(stream.fileno(), 8 << 20)
+        if cold == 1.0:
+            pytest.skip("this file system has no disk below it")
+        assert cold < 0.5
+        stream.read()
+        assert packed_cache.resident_share(stream.fileno(), 8 << 20) in (0.0, 1.0)
 
 
 def test_another_file_or_format_finds_another_pack(folder: Path, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ class Machine:
 
     cpu               the processor's name
     processors        logical processors of the system
+    topology          cores, sockets and memory nodes that this process may use
     threads, tier     what runs the kernels
     last_level_cache  bytes, all of them together
     load              load average of the last minute when the measurement began
@@ -46,6 +47,7 @@ class Machine:
 
     cpu: str
     processors: int
+    topology: str
     threads: int
     tier: str
     features: tuple[str, ...]
@@ -57,7 +59,8 @@ class Machine:
     def line(self) -> str:
         """One line for people."""
         return (
-            f"{self.cpu}, {self.processors} logical processors; {self.threads} threads, "
+            f"{self.cpu}, {self.processors} logical processors, {self.topology}; "
+            f"{self.threads} threads, "
             f"tier {self.tier}; load {self.load:.2f}; latentcore {self.latentcore}"
         )
 
@@ -67,6 +70,7 @@ def describe_machine() -> Machine:
     return Machine(
         cpu=_cpu_name(),
         processors=os.cpu_count() or 1,
+        topology=runtime.topology().line(),
         threads=runtime.num_threads(),
         tier=runtime.isa_tier(),
         features=tuple(sorted(runtime.cpu_features())),

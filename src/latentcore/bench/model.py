@@ -28,7 +28,7 @@ from latentcore.errors import ConfigError
 from latentcore.models.chunk import SequenceChunk
 from latentcore.models.cost import Cost, StepCost
 from latentcore.models.runner import ModelRunner
-from latentcore.ops import runtime
+from latentcore.ops import runtime, storage
 
 WARM_UP = 2
 """Steps before those that count."""
@@ -131,10 +131,16 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """Everything that one run found."""
+    """Everything that one run found.
+
+    load_seconds   how long each part of loading took, measured once
+    placement      where the weights lie, beside the threads that own them
+    """
 
     model: str
     format: str
+    load_seconds: dict[str, float]
+    placement: storage.Placement
     machine: Machine
     ceilings: Ceilings
     disturbance: Disturbance
@@ -177,7 +183,7 @@ def bench_model(
     Raises ConfigError, before anything is measured, for a case that the runner cannot hold.
     """
     check_cases(runner, cases)
-    machine, formats = describe_machine(), runner.format_bytes
+    machine, formats, placement = describe_machine(), runner.format_bytes, runner.placement()
     samples: list[list[_Sample]] = []
     with watched() as disturbance:
         note("read bandwidth and arithmetic peaks", 0, 1)
@@ -190,7 +196,17 @@ def bench_model(
         _result(case, found, ceilings) for case, found in zip(cases, samples, strict=True)
     )
     main = max(formats, key=lambda fmt: formats[fmt])
-    return ModelResult(name, main.name, machine, ceilings, disturbance, repeats, results)
+    return ModelResult(
+        model=name,
+        format=main.name,
+        load_seconds=runner.load_seconds,
+        placement=placement,
+        machine=machine,
+        ceilings=ceilings,
+        disturbance=disturbance,
+        repeats=repeats,
+        results=results,
+    )
 
 
 def check_cases(runner: ModelRunner, cases: Sequence[Case]) -> None:

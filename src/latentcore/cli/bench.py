@@ -282,6 +282,8 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 def _show_model(result: "ModelResult", profile: bool) -> None:
     _header(result.machine, result.disturbance)
     print(f"{result.model}: mostly {result.format.lower()}; {_ceilings_line(result.ceilings)}")
+    loading = ", ".join(f"{what} {took:.2f} s" for what, took in result.load_seconds.items())
+    print(f"loading: {loading}; weights: {result.placement.line()}")
     print(f"medians of {result.repeats}, with the lowest and the highest time\n")
     _table(
         ("", "ms", "low", "high", "tokens/s", "share", "limit", "fabric", "imbalance", "experts"),

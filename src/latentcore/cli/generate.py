@@ -70,6 +70,7 @@ def generate(
         answer = session.answer(llm, text, params, show)
         if json_output:
             found = {"prompt": text, "text": answer.text, **answer.as_json()}
+            found["load_seconds"] = llm.loaded.load_seconds
             print(json.dumps(found, ensure_ascii=False))
         else:
             session.write_text("\n")

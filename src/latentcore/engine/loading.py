@@ -1,5 +1,6 @@
 """From a model's name to everything that the engine needs of it."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from latentcore.models.hub import resolve_model
 if TYPE_CHECKING:
     from latentcore.engine.preflight import Ready
 
+logger = logging.getLogger(__name__)
+
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
 
@@ -29,7 +32,10 @@ DEMO_MODEL = "latentcore-demo"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory, with what its folder says about text and sampling."""
+    """A model in memory, with what its folder says about text and sampling.
+
+    load_seconds  how long each part of loading took, one after the other, imports aside
+    """
 
     name: str
     path: Path
@@ -41,6 +47,7 @@ class LoadedModel:
     chat_template: ChatTemplate | None
     defaults: GenerationDefaults
     end_ids: tuple[int, ...]
+    load_seconds: dict[str, float]
 
     def engine(self) -> tuple[Engine, RequestPreparer]:
         """An engine for this model, and what prepares requests for it."""
@@ -108,6 +115,9 @@ class CheckedModel:
         runner = ModelRunner.from_plan(
             ready.plan, ready.checkpoint, self.engine_config, ready.limits, progress
         )
+        seconds = {"checks": ready.seconds, **runner.load_seconds}
+        parts = ", ".join(f"{what} {took:.3f} s" for what, took in seconds.items())
+        logger.info("%s: loaded in %.3f s: %s", self.name, sum(seconds.values()), parts)
         return LoadedModel(
             name=self.name,
             path=self.path,
@@ -119,6 +129,7 @@ class CheckedModel:
             chat_template=ready.chat_template,
             defaults=ready.defaults,
             end_ids=self._end_ids,
+            load_seconds=seconds,
         )
 
     @property

@@ -154,7 +154,8 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Ready:
-    """What the checks leave of a model that can be loaded. `checkpoint` is open."""
+    """What the checks leave of a model that can be loaded. `checkpoint` is open; `seconds` is how
+    long the checks took."""
 
     config: ModelConfig
     defaults: GenerationDefaults
@@ -163,6 +164,7 @@ class Ready:
     limits: Limits
     tokenizer: Tokenizer | None
     chat_template: ChatTemplate | None
+    seconds: float
 
 
 def preflight(folder: Path, engine: EngineConfig) -> Report:
@@ -198,6 +200,7 @@ def ready_to_load(folder: Path, engine: EngineConfig) -> Iterator[Ready]:
             found.limits,
             found.tokenizer,
             found.chat_template,
+            found.report.seconds,
         )
 
 

@@ -49,6 +49,7 @@ _SUFFIX = ".pack"
 _UNFINISHED = ".unfinished"
 _SPARE_DISK = 1 << 30
 """Bytes of the disk that are left to others."""
+_RESIDENT_SAMPLES = 256
 
 
 class DamagedPackError(Exception):
@@ -190,18 +191,14 @@ class PackReader:
         self._pack = pack
         self._stack = contextlib.ExitStack()
         # Beside the weights themselves the page cache would need as much again.
-        self._direct = 2 * pack.nbytes > available_memory()
+        self._tight = 2 * pack.nbytes > available_memory()
         with self._damage():
             self._checksums = _read_header(pack)
-            try:
-                file = os.open(pack.path, os.O_RDONLY | (os.O_DIRECT if self._direct else 0))
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                self._direct = False  # a file system without direct reading
-                file = os.open(pack.path, os.O_RDONLY)
+            self._file = file = os.open(pack.path, os.O_RDONLY)
             self._stack.callback(os.close, file)
-            self._file = file
+            self._direct = (
+                self._tight and resident_share(file, pack.nbytes) < 0.5 and _set_direct(file)
+            )
             if not self._direct:
                 os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             with contextlib.suppress(OSError):
@@ -217,6 +214,9 @@ class PackReader:
                 )
             if found != self._checksums[buffer.name]:
                 raise DamagedPackError(f"{buffer.name}: its checksum is another")
+            if self._tight and not self._direct:
+                # Room for the next buffers: else the system takes pages that are still to be read.
+                os.posix_fadvise(self._file, slot.offset, slot.nbytes, os.POSIX_FADV_DONTNEED)
             progress(slot.nbytes)
 
     def __enter__(self) -> "PackReader":
@@ -235,6 +235,33 @@ class PackReader:
         except DamagedPackError:
             self._stack.close()
             raise
+
+
+def resident_share(file: int, nbytes: int) -> float:
+    """The share of an open file that the page cache holds, from single bytes all over it; 0 where
+    the system would not tell without reading."""
+    found = 0
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)  # asking must not read ahead
+    for sample in range(_RESIDENT_SAMPLES):
+        try:
+            offset = (nbytes - 1) * sample // (_RESIDENT_SAMPLES - 1)
+            found += os.preadv(file, [bytearray(1)], offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            continue
+        except OSError:
+            return 0.0
+    return found / _RESIDENT_SAMPLES
+
+
+def _set_direct(file: int) -> bool:
+    """Lets an open file be read past the page cache. False where its file system cannot."""
+    try:
+        fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_DIRECT)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False
+    return True
 
 
 def _read_header(pack: Pack) -> dict[str, int]:

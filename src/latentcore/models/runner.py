@@ -1,6 +1,7 @@
 """Runs a loaded model: lays out a step's rows, replays graphs, gives logits."""
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path as FilePath
 
@@ -112,6 +113,8 @@ class ModelRunner:
     The logits that `forward` returns are overwritten by the next call. With weights on the meta
     device, `forward` lays out and checks a step as ever and runs every op's checks, but computes
     nothing: `dry_run` drives it so.
+
+    load_seconds  how long each part of `from_plan` took; empty where weights were given
     """
 
     def __init__(
@@ -138,6 +141,7 @@ class ModelRunner:
         self._inputs = _StepInputs(config.vocab_size, limits)
         self._graphs: dict[int, runtime.Graph] = {}
         self._closed = False
+        self.load_seconds: dict[str, float] = {}
         if engine_config.use_graph:
             self._capture()
 
@@ -184,8 +188,15 @@ class ModelRunner:
         if told is not None:
             logger.warning("%s", told)
         runtime.set_threads(threads)
+        started = time.perf_counter()
         weights = load_weights(plan, checkpoint, progress)
-        return cls(plan.config, engine_config, weights, plan, limits)
+        loaded = time.perf_counter()
+        runner = cls(plan.config, engine_config, weights, plan, limits)
+        runner.load_seconds = {
+            "weights": loaded - started,
+            "buffers and graphs": time.perf_counter() - loaded,
+        }
+        return runner
 
     @property
     def num_blocks(self) -> int:

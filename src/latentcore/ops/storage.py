@@ -32,6 +32,12 @@ class Placement:
     unknown: int = 0
     own: int = 0
 
+    def line(self) -> str:
+        """One line for people."""
+        if self.pages == 0:
+            return "the system does not tell where memory lies"
+        return f"{self.own / self.pages:.1%} of the pages looked at lie with their threads"
+
     def __add__(self, other: "Placement") -> "Placement":
         return Placement(
             self.pages + other.pages, self.unknown + other.unknown, self.own + other.own
