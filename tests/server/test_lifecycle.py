@@ -116,6 +116,8 @@ from latentcore.server.run import configure_logging, listen, serve
 from tests.engine.fakes import make_loaded
 
 engine = AsyncEngine.from_loaded(make_loaded())
+if sys.argv[2] == "fail":
+    engine.loaded.runner.fail_next = RuntimeError("bad luck")
 schedule = engine._engine.scheduler.schedule
 def die():
     if len(engine._engine.scheduler.waiting) and sys.argv[2] == "die":
@@ -127,8 +129,8 @@ sys.exit(serve(engine, ServerOptions(("fake",)), listen("127.0.0.1", 0), drain_t
 """
 
 
-@pytest.mark.parametrize(("how", "code"), [("die", 3), ("live", 0)])
-def test_a_dead_engine_ends_the_process(how: str, code: int) -> None:
+@pytest.mark.parametrize(("how", "code"), [("die", 3), ("fail", 0), ("live", 0)])
+def test_a_dead_engine_ends_the_process_and_a_failed_step_does_not(how: str, code: int) -> None:
     root = Path(__file__).parents[2]
     command = [sys.executable, "-c", DYING, str(root), how]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
@@ -140,6 +142,11 @@ def test_a_dead_engine_ends_the_process(how: str, code: int) -> None:
             assert httpx2.get(f"{server.url}/ready").status_code == 503
             assert httpx2.get(f"{server.url}/health").status_code == 200
         else:
+            if how == "fail":
+                assert (answer.status_code, answer.json()["error"]["code"]) == (500, "step_failed")
+                server.wait_idle()
+                answer = httpx2.post(f"{server.url}/v1/completions", json=body)
+                assert httpx2.get(f"{server.url}/ready").status_code == 200
             assert answer.status_code == 200
             process.terminate()
         assert process.wait(30) == code
