@@ -68,7 +68,7 @@ def main() -> None:
         max_model_len=args.max_model_len,
         max_num_seqs=1,
         max_num_batched_tokens=512,
-        kv_cache_memory=CACHE_BYTES,
+        kv_cache_memory_bytes=CACHE_BYTES,
     )
     with checked_model(args.model, config) as checked, Peak() as peak:
         began = time.perf_counter()

@@ -666,7 +666,7 @@ class EngineConfig:
     max_model_len           longest prompt + output of one sequence, in tokens
     max_num_seqs            sequences in one step
     max_num_batched_tokens  tokens computed in one step
-    kv_cache_memory         bytes for the latent cache
+    kv_cache_memory_bytes   bytes for the latent cache
     block_size              tokens in a cache block
     use_graph               decode by replaying captured graphs
     enable_prefix_caching   reuse cached blocks of equal prefixes
@@ -680,7 +680,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
-    kv_cache_memory: int | None = None
+    kv_cache_memory_bytes: int | None = None
     block_size: int = 64
     use_graph: bool = True
     enable_prefix_caching: bool = True
@@ -698,7 +698,7 @@ class EngineConfig:
             ("max_model_len", self.max_model_len, 1, 1 << 30),
             ("max_num_seqs", self.max_num_seqs, 1, 4096),
             ("max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 20),
-            ("kv_cache_memory", self.kv_cache_memory, 1, 1 << 50),
+            ("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, 1 << 50),
             ("seed", self.seed, 0, (1 << 64) - 1),
         ]
         for name, value, low, high in bounds:

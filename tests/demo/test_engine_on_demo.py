@@ -37,7 +37,9 @@ schemes = pytest.mark.parametrize("scheme", list(CLEAR))
 def llms() -> Iterator[dict[str, LLM]]:
     """The demo model as it is stored (bf16) and quantized while loading."""
     opened = {
-        scheme: LLM(quantization=scheme, threads=1, max_model_len=2048, kv_cache_memory=64 << 20)
+        scheme: LLM(
+            quantization=scheme, threads=1, max_model_len=2048, kv_cache_memory_bytes=64 << 20
+        )
         for scheme in CLEAR
     }
     yield opened
@@ -163,7 +165,9 @@ def test_written_forms_are_what_is_quantized_while_loading(
     assert size < 0.7 * (DEMO_MODEL / "model.safetensors").stat().st_size
     prompt = {"prompt_token_ids": held_out_ids[0][:300]}
     asked = SamplingParams(temperature=0, max_tokens=8, prompt_logprobs=0, logprobs=0)
-    with LLM(tmp_path / "out", threads=1, max_model_len=2048, kv_cache_memory=64 << 20) as llm:
+    with LLM(
+        tmp_path / "out", threads=1, max_model_len=2048, kv_cache_memory_bytes=64 << 20
+    ) as llm:
         (found,) = llm.generate(prompt, asked)
     (expected,) = llms[scheme].generate(prompt, asked)
     assert found.prompt_logprobs == expected.prompt_logprobs

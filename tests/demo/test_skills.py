@@ -82,7 +82,7 @@ def test_skills_stand_above_their_floors(scheme: str) -> None:
     params = SamplingParams(temperature=0, max_tokens=MAX_NEW, skip_special_tokens=False)
     found: dict[str, float] = {}
     well_formed: list[bool] = []
-    with LLM(quantization=scheme, max_model_len=2048, kv_cache_memory=128 << 20) as llm:
+    with LLM(quantization=scheme, max_model_len=2048, kv_cache_memory_bytes=128 << 20) as llm:
         tokenizer = llm.get_tokenizer()
         assert tokenizer is not None
         for name, (problems, right, _) in SKILLS.items():

@@ -133,7 +133,7 @@ def test_too_little_memory_for_the_weights(tmp_path: Path, monkeypatch: pytest.M
 
 def test_too_little_memory_for_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _sparse(tmp_path, TINY, "bf16")
-    engine = EngineConfig(max_model_len=512, kv_cache_memory=1000)
+    engine = EngineConfig(max_model_len=512, kv_cache_memory_bytes=1000)
     (problem,) = preflight(tmp_path, engine).problems
     assert "latent cache" in problem
 

@@ -88,7 +88,7 @@ def test_an_answer_does_not_depend_on_preemption(caching: bool, fmt: str, tiny_m
         tiny_model,
         quantization=fmt,
         threads=2,
-        kv_cache_memory=9 * block,
+        kv_cache_memory_bytes=9 * block,
         max_model_len=512,
         max_num_batched_tokens=70,
         enable_prefix_caching=caching,
@@ -148,7 +148,7 @@ def test_one_after_another_gives_memory_and_threads_back(tiny_model: Path) -> No
     process = psutil.Process()
 
     def use() -> None:
-        with LLM(tiny_model, threads=2, kv_cache_memory=64 << 20) as llm:
+        with LLM(tiny_model, threads=2, kv_cache_memory_bytes=64 << 20) as llm:
             llm.generate("Hi", SamplingParams(max_tokens=2))
 
     use()

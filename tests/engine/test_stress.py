@@ -115,7 +115,7 @@ def test_200_clients_get_what_each_gets_alone(
         max_model_len=LONGEST,
         max_num_seqs=8,
         max_num_batched_tokens=48,
-        kv_cache_memory=BLOCKS * block,
+        kv_cache_memory_bytes=BLOCKS * block,
     )
     done: list[Answered] = []
     preemptions, hits = asyncio.run(asyncio.wait_for(_storm(tiny_model, config, work, done), 240))

@@ -153,7 +153,7 @@ def serve(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
-        kv_cache_memory=cache_bytes,
+        kv_cache_memory_bytes=cache_bytes,
         use_graph=not enforce_eager,
         enable_prefix_caching=enable_prefix_caching,
         seed=int.from_bytes(os.urandom(7), "little"),

@@ -30,7 +30,7 @@ class LLM:
         max_model_len: int | None = None,
         max_num_seqs: int = EngineConfig.max_num_seqs,
         max_num_batched_tokens: int = EngineConfig.max_num_batched_tokens,
-        kv_cache_memory: int | None = None,
+        kv_cache_memory_bytes: int | None = None,
         enable_prefix_caching: bool = True,
         enforce_eager: bool = False,
         seed: int = 0,
@@ -40,7 +40,7 @@ class LLM:
 
         quantization: None or "auto" runs the weights as they are stored; "unquant", "w8a8_int8"
         and "fp8" convert. threads: None uses the physical cores. max_model_len: longest prompt and
-        answer in tokens; None takes what model and memory allow. kv_cache_memory: bytes for the
+        answer in tokens; None takes what model and memory allow. kv_cache_memory_bytes: room of the
         latent cache. enforce_eager: decode without captured graphs. seed: base for requests
         without a seed of their own. progress: called with (bytes loaded, bytes in all).
 
@@ -52,7 +52,7 @@ class LLM:
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
-            kv_cache_memory=kv_cache_memory,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
             use_graph=not enforce_eager,
             enable_prefix_caching=enable_prefix_caching,
             seed=seed,

@@ -354,7 +354,7 @@ def check_model_code(inspection: Inspection) -> None:
     if config is None or plan is None:
         return
     # Where this machine has too little memory the shapes are checked all the same.
-    plenty = replace(engine, kv_cache_memory=None)
+    plenty = replace(engine, kv_cache_memory_bytes=None)
     limits = inspection.limits or plan_limits(config, plenty, _PLENTY)
     try:
         inspection.report.steps = dry_run(plan, engine, limits)

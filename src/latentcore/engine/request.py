@@ -181,7 +181,7 @@ class RequestPreparer:
         if prompt_tokens > limits.cache_tokens:
             raise RequestError(
                 f"the prompt has {prompt_tokens} tokens, the cache holds {limits.cache_tokens}; "
-                "shorten the prompt or raise kv_cache_memory"
+                "shorten the prompt or raise kv_cache_memory_bytes"
             )
 
     def _max_tokens(self, prompt_tokens: int, params: SamplingParams) -> int:

@@ -71,11 +71,11 @@ def plan_limits(config: ModelConfig, engine: EngineConfig, free: int) -> Limits:
     """
     per_block = cache_bytes_per_token(config) * engine.block_size
     wanted = engine.max_model_len or config.max_position_embeddings
-    if engine.kv_cache_memory is not None:
-        budget = engine.kv_cache_memory
+    if engine.kv_cache_memory_bytes is not None:
+        budget = engine.kv_cache_memory_bytes
         if budget > free:
             raise InsufficientMemoryError(
-                f"the latent cache: {format_bytes(budget)} asked for by kv_cache_memory, "
+                f"the latent cache: {format_bytes(budget)} asked for by kv_cache_memory_bytes, "
                 f"{format_bytes(free)} free beside the weights; ask for less"
             )
     else:
@@ -87,7 +87,7 @@ def plan_limits(config: ModelConfig, engine: EngineConfig, free: int) -> Limits:
             raise InsufficientMemoryError(
                 f"the latent cache: one sequence of {wanted} tokens needs "
                 f"{format_bytes(blocks_each * per_block)}, {format_bytes(budget)} may be used; "
-                "lower max_model_len or raise kv_cache_memory"
+                "lower max_model_len or raise kv_cache_memory_bytes"
             )
         wanted = num_blocks * engine.block_size
         logger.warning(
