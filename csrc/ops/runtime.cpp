@@ -1,6 +1,7 @@
 // Ops without tensors: threads, tier, graphs, measurements.
 #include <chrono>
 #include <map>
+#include <memory>
 #include <mutex>
 
 #include "isa/isa.h"
@@ -41,22 +42,22 @@ std::string cpu_features_text() {
 int64_t packed_bytes(Desc d) { return Call("packed_bytes", true).layout("desc", d).bytes(); }
 void release_scratch() { Team::get().release_scratch(); }
 
-// Captured graphs by handle.
+// Captured graphs by handle. Shared: one that is freed while another thread replays it ends with the replay.
 std::mutex graphs_mutex;
-std::map<int64_t, std::unique_ptr<Graph>> graphs;
+std::map<int64_t, std::shared_ptr<Graph>> graphs;
 int64_t next_graph = 1;
 
-Graph& find_graph(const char* op, int64_t handle) {
+std::shared_ptr<Graph> find_graph(const char* op, int64_t handle) {
   std::lock_guard<std::mutex> lock(graphs_mutex);
   const auto it = graphs.find(handle);
   if (it == graphs.end()) Call(op, true).fail("handle", "a live graph", std::to_string(handle));
-  return *it->second;
+  return it->second;
 }
 int64_t graph_begin() {
   if (Graph::recording() != nullptr) Call("graph_begin", true).fail("thread", "no capture under way", "one");
   std::lock_guard<std::mutex> lock(graphs_mutex);
   const int64_t handle = next_graph++;
-  Graph::recording() = (graphs[handle] = std::make_unique<Graph>()).get();
+  Graph::recording() = (graphs[handle] = std::make_shared<Graph>()).get();
   return handle;
 }
 int64_t graph_end() {
@@ -65,7 +66,7 @@ int64_t graph_end() {
   Graph::recording() = nullptr;
   return static_cast<int64_t>(g->size());
 }
-void graph_replay(int64_t handle) { find_graph("graph_replay", handle).replay(); }
+void graph_replay(int64_t handle) { find_graph("graph_replay", handle)->replay(); }
 void graph_free(int64_t handle) {
   find_graph("graph_free", handle);
   std::lock_guard<std::mutex> lock(graphs_mutex);
