@@ -33,8 +33,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -192,25 +192,11 @@ class Load:
             await ask(client, stream, prompt, 1)
         return stream
 
-    async def beside(self, prompt: list[int], count: int) -> list[float]:
-        """Waits of `count` streams for their tokens while a long prompt is read."""
-        streams, long = [Stream() for _ in range(count)], Stream()
-        async with self.client() as client:
-            tasks = [
-                asyncio.ensure_future(ask(client, stream, self.prompt(self._prompt), 1000))
-                for stream in streams
-            ]
-            while not all(len(stream.tokens) > 2 for stream in streams):
-                await asyncio.sleep(0.01)
-            await ask(client, long, prompt, 1)
-            await asyncio.sleep(0.5)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        return [gap for stream in streams for gap in stream.gaps(long.sent, long.tokens[0])]
-
-    async def cut_off(self, count: int, kill: Callable[[], None]) -> None:
-        """Kills the server while `count` streams generate."""
+    @asynccontextmanager
+    async def generating(
+        self, count: int
+    ) -> AsyncIterator[tuple[httpx2.AsyncClient, list[Stream]]]:
+        """`count` streams, each past its first tokens; they are dropped at the block's end."""
         streams = [Stream() for _ in range(count)]
         async with self.client() as client:
             tasks = [
@@ -219,8 +205,23 @@ class Load:
             ]
             while not all(len(stream.tokens) > 2 for stream in streams):
                 await asyncio.sleep(0.01)
-            kill()
+            yield client, streams
+            for task in tasks:
+                task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def beside(self, prompt: list[int], count: int) -> list[float]:
+        """Waits of `count` streams for their tokens while a long prompt is read."""
+        long = Stream()
+        async with self.generating(count) as (client, streams):
+            await ask(client, long, prompt, 1)
+            await asyncio.sleep(0.5)
+        return [gap for stream in streams for gap in stream.gaps(long.sent, long.tokens[0])]
+
+    async def cut_off(self, count: int, kill: Callable[[], None]) -> None:
+        """Kills the server while `count` streams generate."""
+        async with self.generating(count):
+            kill()
 
 
 def rate(streams: Sequence[Stream]) -> float:
