@@ -494,6 +494,15 @@ def _gate_for_up(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
     return config, {**tensors, **swapped}
 
 
+Mistake = Callable[[Config, Tensors], tuple[Config, Tensors]]
+
+
+def _mistaken(mistake: Mistake, name: str, fmt: str, folder: Path) -> Path:
+    family = FAMILIES[name]
+    config, tensors = mistake(family.config, family.stored(fmt))
+    return write_checkpoint(folder / "mistaken", config, tensors)
+
+
 @pytest.mark.parametrize(
     ("mistake", "name", "fmt"),
     [
@@ -518,14 +527,12 @@ def _gate_for_up(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
     ],
 )
 def test_mistakes_are_seen(
-    mistake: Callable[[Config, Tensors], tuple[Config, Tensors]],
+    mistake: Mistake,
     name: str,
     fmt: str,
     tmp_path: Path,
 ) -> None:
-    family = FAMILIES[name]
-    config, tensors = mistake(family.config, family.stored(fmt))
-    path = write_checkpoint(tmp_path / "mistaken", config, tensors)
+    path = _mistaken(mistake, name, fmt, tmp_path)
     for measure in (prefill_medians, decode_medians):
         found, allowed = measure(path, name, fmt)
         assert found > SLACK * allowed, (found, allowed)
@@ -546,16 +553,14 @@ def test_mistakes_are_seen(
     ],
 )
 def test_mistakes_are_seen_in_greedy_continuations(
-    mistake: Callable[[Config, Tensors], tuple[Config, Tensors]],
+    mistake: Mistake,
     name: str,
     fmt: str,
     lost: bool,
     tmp_path: Path,
 ) -> None:
     """Those in arithmetic cost tokens, those in routing choose what no rounding explains."""
-    family = FAMILIES[name]
-    config, tensors = mistake(family.config, family.stored(fmt))
-    path = write_checkpoint(tmp_path / "mistaken", config, tensors)
+    path = _mistaken(mistake, name, fmt, tmp_path)
     found = verdict(path, name, fmt)
     if lost:
         assert found.lost > 0
