@@ -1,5 +1,6 @@
 """Starting, filling up, draining, dying, and starting again."""
 
+import asyncio
 import json
 import random
 import re
@@ -19,6 +20,7 @@ from latentcore.cli import app
 from latentcore.envs import parse_bytes
 from latentcore.errors import UserError
 from latentcore.models.synthetic import benchmark_config, make_synthetic
+from latentcore.server.run import listen
 from tests.server.process import ServerProcess, serving
 
 ENDLESS: dict[str, Any] = {"prompt": "Once", "max_tokens": 1900, "ignore_eos": True}
@@ -214,6 +216,26 @@ def test_mistakes_are_one_line(
     (line,) = [line for line in streams.err.splitlines() if line.startswith("error: ")]
     assert match in line
     assert "Traceback" not in streams.err
+
+
+def test_small_answers_leave_at_once() -> None:
+    """With Nagle's algorithm, each on a kept connection would wait for the client's system."""
+
+    async def accepted() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def on_client(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            connection = writer.get_extra_info("socket")
+            found.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        server = await asyncio.start_server(on_client, sock=listen("127.0.0.1", 0))
+        async with server:
+            _, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            writer.close()
+            return await asyncio.wait_for(found, 20)
+
+    assert asyncio.run(accepted()) != 0
 
 
 @pytest.mark.parametrize(
