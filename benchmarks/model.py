@@ -1,9 +1,11 @@
 """Decode and prefill of a model at the cases that docs/performance.md lists, in its tiers.
 
     python benchmarks/model.py FOLDER... [--tiers avx512,avx2] [--threads N] [--repeats N]
+    python benchmarks/model.py --table int8.json fp8.json...
 
 Prints a Markdown table of roofline shares, one column a folder and tier, below what
-`latentcore bench --json` says of each; --json FILE keeps all of it.
+`latentcore bench --json` says of each; --json FILE keeps all of it. --table makes the table of runs
+that were kept.
 """
 
 import argparse
@@ -28,18 +30,30 @@ def table(runs: list[dict[str, Any]]) -> str:
     """The runs side by side, in Markdown."""
     head = [f"{run['format'].lower()} {run['machine']['tier']}" for run in runs]
     lines = [["", *head], ["---"] * (len(runs) + 1)]
-    lines.append(
-        ["read bandwidth, GB/s", *(f"{r['ceilings']['read_bandwidth'] / 1e9:.1f}" for r in runs)]
-    )
     lines.append(["peaks, Top/s", *(peaks(run) for run in runs)])
     for at, case in enumerate(runs[0]["results"]):
         found = [run["results"][at] for run in runs]
         lines.append([f"{case['case']}: share", *(f"{c['share']:.2f}" for c in found)])
+        lines.append(["of the least time of its kernels", *(f"{by_kernel(c):.2f}" for c in found)])
+        rates = (c["ceilings"]["read_bandwidth"] / 1e9 for c in found)
+        limits = (f"{rate:.0f}; {c['limit']}" for rate, c in zip(rates, found, strict=True))
+        lines.append(["GB/s; limit", *limits])
         lines.append(["tokens/s", *(f"{c['tokens_per_second']:.1f}" for c in found)])
         fabric = (c["fabric"] for c in found)
         text = (f"{100 * f['overhead']:.1f} %; {f['imbalance']:.3f}" for f in fabric)
         lines.append(["fabric; imbalance", *text])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def by_kernel(case: dict[str, Any]) -> float:
+    """The share where no kernel's reading can hide behind another one's arithmetic.
+
+    Kernels run one after the other, each at best in the larger of its own two times; their sum is
+    more than the larger of the two sums, which the roofline share divides by.
+    """
+    kernels = [k for k in case["fabric"]["kernels"] if k["share"] is not None]
+    least: float = sum(k["seconds"] * k["share"] for k in kernels)
+    return least / float(case["seconds"]["median"])
 
 
 def peaks(run: dict[str, Any]) -> str:
@@ -51,10 +65,16 @@ def peaks(run: dict[str, Any]) -> str:
 def main() -> None:
     """Measures one folder and tier after the other."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
+    parser.add_argument("folders", type=Path, nargs="*", metavar="FOLDER")
+    parser.add_argument("--table", type=Path, nargs="+", metavar="JSON", help="runs that were kept")
     parser.add_argument("--tiers", default="", help="comma-separated; default: the best")
     parser.add_argument("--json", type=Path, help="where to keep everything")
     args, options = parser.parse_known_args()
+    if bool(args.folders) == bool(args.table):
+        parser.error("expected either folders to measure or --table and files")
+    if args.table:
+        print(table([run for file in args.table for run in json.loads(file.read_text())]))
+        return
     runs = []
     for folder in args.folders:
         for tier in args.tiers.split(",") if args.tiers else [None]:

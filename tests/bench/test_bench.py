@@ -60,6 +60,14 @@ def test_others_at_work_are_noticed() -> None:
     assert "guests of the host 9%" in str(Disturbance(stolen=0.09).warning())
 
 
+@pytest.fixture
+def brief_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ceilings that are measured in a moment, and are as rough."""
+    monkeypatch.setattr("latentcore.bench.machine._BANDWIDTH_SECONDS", 0.1)
+    monkeypatch.setattr("latentcore.bench.machine._PEAK_SECONDS", 0.02)
+
+
+@pytest.mark.usefixtures("brief_ceilings")
 @pytest.mark.parametrize("use_graph", [True, False])
 def test_a_model_is_measured_case_by_case(folder: Path, *, use_graph: bool) -> None:
     cases = [DecodeCase(3, 70), DecodeCase(1, 5), PrefillCase(300)]
@@ -80,15 +88,18 @@ def test_a_model_is_measured_case_by_case(folder: Path, *, use_graph: bool) -> N
         assert top_k <= r.experts <= CONFIG["n_routed_experts"]
         assert r.fabric.imbalance >= 0.999
         assert r.fabric.overhead < 1
+        assert result.ceilings == result.ceilings.best(r.ceilings)
         assert {"mla_input", "moe", "mlp", "route"} <= {k.kernel for k in r.fabric.kernels}
         shares = {k.kernel: k.share for k in r.fabric.kernels}
         assert shares["moe"] is not None
         assert shares["embedding"] is None
+    assert any(result.ceilings.read_bandwidth == r.ceilings.read_bandwidth for r in result.results)
     assert result.results[1].experts == top_k
     one, many = result.results[1], result.results[2]
     assert many.nbytes > one.nbytes, "a prompt touches more experts and latents"
 
 
+@pytest.mark.usefixtures("brief_ceilings")
 def test_a_prompt_longer_than_a_step_is_read_in_chunks(folder: Path) -> None:
     engine = engine_config([PrefillCase(100)], "auto", 1, use_graph=True)
     runner = ModelRunner.load(folder, engine)

@@ -1,10 +1,11 @@
 """Decode and prefill of a whole model: times, and shares of what the machine allows.
 
 The *roofline share* of a step is (least possible time) / (measured time). The least time is the
-larger of bytes / read bandwidth and arithmetic / peak, both measured in the same run by the same
-threads. Bytes are those of the packed weights that the step touches, the experts that its rows
-chose counted, and of the latents that it reads. Each repeat computes other tokens, so that a cache
-larger than a step does not serve the same experts again.
+larger of bytes / read bandwidth and arithmetic / peak, both measured by the same threads right
+before and after the case, the higher counting: what a host allows changes within minutes where
+others use it. Bytes are those of the packed weights that the step touches, the experts that its
+rows chose counted, and of the latents that it reads. Each repeat computes other tokens, so that a
+cache larger than a step does not serve the same experts again.
 """
 
 import time
@@ -116,6 +117,7 @@ class CaseResult:
     limit     what the least time is: `memory` or `arithmetic`
     experts   distinct experts that a MoE layer touched, the mean over layers and repeats
     nbytes    least bytes of a step, the median
+    ceilings  what the machine allowed around this case
     """
 
     case: str
@@ -126,6 +128,7 @@ class CaseResult:
     limit: str
     experts: float | None
     nbytes: float
+    ceilings: Ceilings
     fabric: Fabric
 
 
@@ -135,6 +138,7 @@ class ModelResult:
 
     load_seconds   how long each part of loading took, measured once
     placement      where the weights lie, beside the threads that own them
+    ceilings       the highest that were measured, between all cases
     """
 
     model: str
@@ -178,23 +182,22 @@ def engine_config(
 def bench_model(
     runner: ModelRunner, name: str, cases: Sequence[Case], repeats: int, note: Note
 ) -> ModelResult:
-    """Measures the cases one after the other, ceilings before and after, the higher counting.
+    """Measures the cases one after the other, and ceilings before and after each.
 
     Raises ConfigError, before anything is measured, for a case that the runner cannot hold.
     """
     check_cases(runner, cases)
     machine, formats, placement = describe_machine(), runner.format_bytes, runner.placement()
-    samples: list[list[_Sample]] = []
+    results: list[CaseResult] = []
     with watched() as disturbance:
         note("read bandwidth and arithmetic peaks", 0, 1)
-        before = measure_ceilings(formats)
+        before = best = measure_ceilings(formats)
         for case in cases:
-            samples.append(_measure(runner, case, repeats, note))
-        note("read bandwidth and arithmetic peaks, again", 0, 1)
-        ceilings = before.best(measure_ceilings(formats))
-    results = tuple(
-        _result(case, found, ceilings) for case, found in zip(cases, samples, strict=True)
-    )
+            samples = _measure(runner, case, repeats, note)
+            note(f"read bandwidth and arithmetic peaks, after {case.name}", 0, 1)
+            after = measure_ceilings(formats)
+            results.append(_result(case, samples, before.best(after)))
+            before, best = after, best.best(after)
     main = max(formats, key=lambda fmt: formats[fmt])
     return ModelResult(
         model=name,
@@ -202,10 +205,10 @@ def bench_model(
         load_seconds=runner.load_seconds,
         placement=placement,
         machine=machine,
-        ceilings=ceilings,
+        ceilings=best,
         disturbance=disturbance,
         repeats=repeats,
-        results=results,
+        results=tuple(results),
     )
 
 
@@ -331,6 +334,7 @@ def _result(
         limit="memory" if reading == least else "arithmetic",
         experts=sum(experts) / len(experts) if experts else None,
         nbytes=Spread.of([total.nbytes for total in totals]).median,
+        ceilings=ceilings,
         fabric=_fabric(samples, ceilings),
     )
 

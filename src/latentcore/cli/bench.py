@@ -87,7 +87,7 @@ def bench(
     """Measure speed beside what this machine allows.
 
     A share is the least possible time over the measured one: the least is the larger of bytes /
-    read bandwidth and arithmetic / peak, both measured in the same run by the same threads.
+    read bandwidth and arithmetic / peak, both measured beside each case by the same threads.
     """
     if kernels:
         for name, given in (
@@ -230,6 +230,7 @@ def model_as_json(result: "ModelResult") -> dict[str, Any]:
     data = asdict(result)
     data["ceilings"] = _ceilings_as_json(result.ceilings)
     for found, case in zip(data["results"], result.results, strict=True):
+        found["ceilings"] = _ceilings_as_json(case.ceilings)
         for kernel, part in zip(found["fabric"]["kernels"], case.fabric.kernels, strict=True):
             kernel["imbalance"] = part.imbalance
     data["warnings"] = _warnings(result.disturbance)
@@ -286,7 +287,10 @@ def _show_model(result: "ModelResult", profile: bool) -> None:
     print(f"loading: {loading}; weights: {result.placement.line()}")
     print(f"medians of {result.repeats}, with the lowest and the highest time\n")
     _table(
-        ("", "ms", "low", "high", "tokens/s", "share", "limit", "fabric", "imbalance", "experts"),
+        (
+            *("", "ms", "low", "high", "tokens/s", "share", "limit", "GB/s"),
+            *("fabric", "imbalance", "experts"),
+        ),
         [
             (
                 case.case,
@@ -296,6 +300,7 @@ def _show_model(result: "ModelResult", profile: bool) -> None:
                 f"{case.tokens_per_second:.1f}",
                 f"{case.share:.3f}",
                 case.limit,
+                f"{case.ceilings.read_bandwidth / 1e9:.1f}",
                 f"{case.fabric.overhead:.1%}",
                 f"{case.fabric.imbalance:.3f}",
                 "" if case.experts is None else f"{case.experts:.1f}",
@@ -304,8 +309,8 @@ def _show_model(result: "ModelResult", profile: bool) -> None:
         ],
     )
     print(
-        "\nshare: least possible time / measured; fabric: time that is not the kernels' own; "
-        "imbalance: slowest thread / mean"
+        "\nshare: least possible time / measured; GB/s: read bandwidth around the case; "
+        "fabric: time that is not the kernels' own; imbalance: slowest thread / mean"
     )
     if profile:
         for case in result.results:
