@@ -106,6 +106,13 @@ LC_INLINE void vsplit_pairs(vf a, vf b, vf& even, vf& odd) {
   even = {split(a.lo, a.hi, 0), split(b.lo, b.hi, 0)};
   odd = {split(a.lo, a.hi, 1), split(b.lo, b.hi, 1)};
 }
+LC_INLINE vf vmax_magnitude(vf most, vf a) {
+  const auto half = [](__m256 x, __m256 y) {
+    return _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(x), _mm256_castps_si256(y)));
+  };
+  const vf size = vabs(a);
+  return {half(most.lo, size.lo), half(most.hi, size.hi)};
+}
 // One truth value a lane. Comparisons with NaN are false.
 struct vm {
   __m256 lo, hi;
@@ -153,6 +160,53 @@ LC_INLINE void vstore_i8act(I8Act* p, vf rounded) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(q, 0xd8));
 }
 
+LC_INLINE vf vload_i8(const int8_t* p) {
+  const __m128i codes = load128(p);
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)),
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(codes, 8)))};
+}
+// The low bytes of 16 dwords that lie within a byte's range.
+template <bool Signed>
+LC_INLINE __m128i narrow_bytes(__m256i lo, __m256i hi) {
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(lo, hi), 0xd8);
+  const __m128i a = _mm256_castsi256_si128(words), b = _mm256_extracti128_si256(words, 1);
+  return Signed ? _mm_packs_epi16(a, b) : _mm_packus_epi16(a, b);
+}
+LC_INLINE void vstore_i8(int8_t* p, vf whole) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   narrow_bytes<true>(_mm256_cvtps_epi32(whole.lo), _mm256_cvtps_epi32(whole.hi)));
+}
+LC_INLINE __m256 fp8_to_float_8(__m256i code) {
+  const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(code, _mm256_set1_epi32(0x80)), 24);
+  const __m256i size = _mm256_and_si256(code, _mm256_set1_epi32(0x7f));
+  const __m256i v = _mm256_add_epi32(_mm256_slli_epi32(size, 20), _mm256_set1_epi32(120 << 23));
+  const __m256 small = _mm256_mul_ps(_mm256_cvtepi32_ps(size), _mm256_set1_ps(0x1p-9f));
+  const __m256 is_small = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(8), size));
+  const __m256i nan = _mm256_cmpeq_epi32(size, _mm256_set1_epi32(0x7f));
+  const __m256i value = _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(v), small, is_small));
+  const __m256i out = _mm256_blendv_epi8(value, _mm256_set1_epi32(0x7fc00000), nan);
+  return _mm256_castsi256_ps(_mm256_or_si256(out, sign));
+}
+LC_INLINE vf vload_fp8(const uint8_t* p) {
+  const __m128i codes = load128(p);
+  return {fp8_to_float_8(_mm256_cvtepu8_epi32(codes)),
+          fp8_to_float_8(_mm256_cvtepu8_epi32(_mm_srli_si128(codes, 8)))};
+}
+LC_INLINE __m256i float_to_fp8_8(__m256 a) {
+  const __m256i all = _mm256_castps_si256(a);
+  const __m256i sign = _mm256_and_si256(_mm256_srli_epi32(all, 24), _mm256_set1_epi32(0x80));
+  const __m256i bits = _mm256_and_si256(all, _mm256_set1_epi32(0x7fffffff));
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 20), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7ffff)));
+  const __m256i large = _mm256_sub_epi32(_mm256_srli_epi32(up, 20), _mm256_set1_epi32(120 << 3));
+  const __m256i small = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(512.0f)));
+  const __m256i subnormal = _mm256_cmpgt_epi32(_mm256_set1_epi32(121 << 23), bits);
+  return _mm256_or_si256(_mm256_blendv_epi8(large, small, subnormal), sign);
+}
+LC_INLINE void vstore_fp8(uint8_t* p, vf a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_bytes<false>(float_to_fp8_8(a.lo), float_to_fp8_8(a.hi)));
+}
+
 LC_INLINE void transpose_8x8(const uint8_t* const* rows, size_t offset, uint8_t* dst) {
   __m256 r[8], t[8];
   LC_UNROLL
@@ -181,6 +235,22 @@ LC_INLINE void transpose_block(const uint8_t* const* rows, size_t offset, uint8_
     LC_UNROLL
     for (int g = 0; g < 2; ++g)
       transpose_8x8(rows + 8 * g, offset + static_cast<size_t>(half) * 32, dst + half * 8 * 64 + g * 32);
+  }
+}
+LC_INLINE void to_wide_order(uint8_t* line) {
+  for (int h = 0; h < 64; h += 32) {
+    const __m256i codes = _mm256_shuffle_epi8(load256(line + h), load256(kWideOrder.from + h));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(line + h), codes);
+  }
+}
+LC_INLINE void add_block_sums(const uint8_t* block, int32_t* sums) {
+  for (int h = 0; h < 2; ++h) {
+    __m256i s = load256(sums + 8 * h);
+    for (int i = 0; i < 16; ++i) {
+      const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), load256(block + i * 64 + 32 * h));
+      s = _mm256_add_epi32(s, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + 8 * h), s);
   }
 }
 LC_INLINE void interleave_rows(const bf16* a, const bf16* b, uint8_t* dst) {

@@ -69,6 +69,10 @@ LC_INLINE void vsplit_pairs(vf a, vf b, vf& even, vf& odd) {
   even.v = _mm512_permutex2var_ps(a.v, ie, b.v);
   odd.v = _mm512_permutex2var_ps(a.v, io, b.v);
 }
+// The larger magnitude; a NaN counts as the largest.
+LC_INLINE vf vmax_magnitude(vf most, vf a) {
+  return {_mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(most.v), _mm512_castps_si512(vabs(a).v)))};
+}
 // One truth value a lane. Comparisons with NaN are false.
 struct vm {
   __mmask16 m;
@@ -94,6 +98,37 @@ constexpr int kI8ActBias = 128;
 LC_INLINE void vstore_i8act(I8Act* p, vf rounded) {
   const __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(rounded.v), _mm512_set1_epi32(128));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(q));
+}
+
+// 16 codes, row-major, to floats and back: int8 of whole numbers within +-127; e4m3fn of values within
+// +-448, rounded half to even.
+LC_INLINE vf vload_i8(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+LC_INLINE void vstore_i8(int8_t* p, vf whole) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(whole.v)));
+}
+LC_INLINE vf vload_fp8(const uint8_t* p) {
+  const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m512i sign = _mm512_slli_epi32(_mm512_and_si512(code, _mm512_set1_epi32(0x80)), 24);
+  const __m512i size = _mm512_and_si512(code, _mm512_set1_epi32(0x7f));
+  __m512i v = _mm512_add_epi32(_mm512_slli_epi32(size, 20), _mm512_set1_epi32(120 << 23));
+  const __m512 small = _mm512_mul_ps(_mm512_cvtepi32_ps(size), _mm512_set1_ps(0x1p-9f));
+  v = _mm512_mask_mov_epi32(v, _mm512_cmplt_epi32_mask(size, _mm512_set1_epi32(8)), _mm512_castps_si512(small));
+  v = _mm512_mask_mov_epi32(v, _mm512_cmpeq_epi32_mask(size, _mm512_set1_epi32(0x7f)),
+                            _mm512_set1_epi32(0x7fc00000));
+  return {_mm512_castsi512_ps(_mm512_or_si512(v, sign))};
+}
+LC_INLINE void vstore_fp8(uint8_t* p, vf a) {
+  const __m512i sign = _mm512_and_si512(_mm512_srli_epi32(_mm512_castps_si512(a.v), 24), _mm512_set1_epi32(0x80));
+  const __m512i bits = _mm512_castps_si512(vabs(a).v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 20), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7ffff)));
+  const __m512i large = _mm512_sub_epi32(_mm512_srli_epi32(up, 20), _mm512_set1_epi32(120 << 3));
+  const __m512i small = _mm512_cvtps_epi32(_mm512_mul_ps(vabs(a).v, _mm512_set1_ps(512.0f)));
+  const __mmask16 subnormal = _mm512_cmplt_epi32_mask(bits, _mm512_set1_epi32(121 << 23));
+  const __m512i code = _mm512_or_si512(_mm512_mask_mov_epi32(large, subnormal, small), sign);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(code));
 }
 
 // Sixteen rows of 16 dwords -> their transpose, stored as 16 lines of 64 bytes.
@@ -130,6 +165,16 @@ LC_INLINE void transpose_block(const uint8_t* const* rows, size_t offset, uint8_
   LC_UNROLL
   for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows[i] + offset);
   transpose_16x16(r, dst);
+}
+// A line of four codes a row, [16][4], to the order of wide_byte().
+LC_INLINE void to_wide_order(uint8_t* line) {
+  _mm512_storeu_si512(line, _mm512_shuffle_epi8(_mm512_loadu_si512(line), _mm512_load_si512(kWideOrder.from)));
+}
+// Adds up the int8 codes of each row of 16 lines [16][4].
+LC_INLINE void add_block_sums(const uint8_t* block, int32_t* sums) {
+  __m512i s = _mm512_loadu_si512(sums);
+  for (int i = 0; i < 16; ++i) s = _mm512_dpbusd_epi32(s, _mm512_set1_epi8(1), _mm512_loadu_si512(block + i * 64));
+  _mm512_storeu_si512(sums, s);
 }
 // Two rows of 16 bf16 -> one line of 16 pairs.
 LC_INLINE void interleave_rows(const bf16* a, const bf16* b, uint8_t* dst) {

@@ -58,6 +58,18 @@ LC_INLINE bf16 float_to_bf16(float f) {
 // lane then gives the bf16 lines of k 0..1 and k 2..3 without crossing lanes.
 constexpr int wide_byte(int row, int j) { return (row / 4) * 16 + (j / 2) * 8 + (row % 4) * 2 + (j % 2); }
 
+// Byte i of a 128-bit lane in that order, taken from a lane of [4][4] codes, row by row.
+struct WideOrder {
+  alignas(64) uint8_t from[64];
+};
+constexpr WideOrder make_wide_order() {
+  WideOrder t{};
+  for (int r = 0; r < 16; ++r)
+    for (int j = 0; j < 4; ++j) t.from[wide_byte(r, j)] = static_cast<uint8_t>(r % 4 * 4 + j);
+  return t;
+}
+constexpr WideOrder kWideOrder = make_wide_order();
+
 // e4m3fn code (magnitude, 7 bits) to bf16 bits; subnormals and NaN included.
 constexpr uint16_t fp8_magnitude_to_bf16(int mag) {
   if (mag == 0x7f) return 0x7fc0;

@@ -130,6 +130,20 @@ struct PackArgs {
   Layout layout;
   int64_t item, part;
 };
+// Turns stored weights into those of another format, row-major on both sides. INT8: scale [rows]; FP8:
+// scale [ceil(rows/128), ceil(cols/128)].
+struct QuantizeArgs {
+  const uint16_t* w;  // [rows, cols] bf16
+  int64_t rows, cols;
+  uint8_t* codes;  // [rows, cols]
+  float* scale;
+};
+struct DequantizeArgs {
+  const uint8_t* codes;
+  const float* scale;
+  int64_t rows, cols;
+  uint16_t* out;  // [rows, cols] bf16
+};
 struct PeakArgs {
   Format format;
   int64_t iters;

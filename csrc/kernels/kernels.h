@@ -7,7 +7,8 @@ namespace lc {
 
 struct KernelTable {
   Kernel linear, embedding, rms_norm, add_rms_norm, mla_input, mla_decode, mla_prefill, mlp, route, moe, heads,
-      peak, pack, restrict_tokens, add_bias, penalize, sample, greedy, logprobs;
+      peak, pack, quantize_int8, quantize_fp8, dequantize_int8, dequantize_fp8, restrict_tokens, add_bias,
+      penalize, sample, greedy, logprobs;
 };
 
 const KernelTable& kernels_avx2();

@@ -7,14 +7,6 @@ namespace {
 
 constexpr int element_bytes(Format f) { return f == Format::F32 ? 4 : f == Format::BF16 ? 2 : 1; }
 
-// A line of four codes a row, [16][4], to the order of wide_byte().
-LC_INLINE void to_wide_order(uint8_t* line) {
-  uint8_t t[64];
-  std::memcpy(t, line, 64);
-  for (int r = 0; r < 16; ++r)
-    for (int j = 0; j < 4; ++j) line[wide_byte(r, j)] = t[r * 4 + j];
-}
-
 void pack(const Ctx& ctx, const void* p) {
   const auto& a = *static_cast<const PackArgs*>(p);
   const Layout& l = a.layout;
@@ -29,6 +21,7 @@ void pack(const Ctx& ctx, const void* p) {
     const int live = static_cast<int>(tmin<int64_t>(16, l.rows - row0));
     const uint8_t* rows[16];
     for (int r = 0; r < 16; ++r) rows[r] = r < live ? a.src + (row0 + r) * row_bytes : nullptr;
+    alignas(64) int32_t sums[16] = {};  // of each row's int8 codes
     for (int64_t blk = 0; blk < ceil_div(k_bytes, 64); ++blk) {
       const int64_t at = blk * 64, n = tmin<int64_t>(64, row_bytes - at);
       alignas(64) uint8_t edge[16][64];
@@ -48,6 +41,7 @@ void pack(const Ctx& ctx, const void* p) {
       transpose_block(from, 0, block);
       if (byte_coded(l.format))
         for (int line = 0; line < 16; ++line) to_wide_order(block + line * 64);
+      if (l.format == Format::INT8) add_block_sums(block, sums);
       // Byte codes padded to 32 may end with half a block.
       std::memcpy(panel + blk * 1024, block,
                   static_cast<size_t>(tmin<int64_t>(1024, l.lines() * 64 - blk * 1024)));
@@ -57,11 +51,8 @@ void pack(const Ctx& ctx, const void* p) {
     if (l.format == Format::INT8) {
       int32_t* comp = reinterpret_cast<int32_t*>(tail + 64);
       for (int r = 0; r < 16; ++r) {
-        int32_t sum = 0;
-        if (r < live)
-          for (int64_t k = 0; k < l.cols; ++k) sum += static_cast<int8_t>(rows[r][k]);
         scale[r] = r < live ? a.scale[row0 + r] : 0.0f;
-        comp[r] = -128 * sum;
+        comp[r] = -128 * sums[r];
       }
     } else if (l.format == Format::INT8_WIDE) {
       for (int r = 0; r < 16; ++r) scale[r] = r < live ? a.scale[row0 + r] : 0.0f;

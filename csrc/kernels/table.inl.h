@@ -6,6 +6,7 @@
 #include "kernels/moe.inl.h"
 #include "kernels/pack.inl.h"
 #include "kernels/peak.inl.h"
+#include "kernels/quantize.inl.h"
 #include "kernels/sampling.inl.h"
 
 namespace {
@@ -33,6 +34,10 @@ const KernelTable& make_table() {
       .heads = {"heads", entered<Isa, heads<Isa>>, scratch_of<HeadsPlan<Isa>, HeadsArgs>},
       .peak = {"peak", entered<Isa, peak<Isa>>, no_scratch},
       .pack = {"pack", pack, no_scratch},
+      .quantize_int8 = {"quantize_int8", quantize_int8, no_scratch},
+      .quantize_fp8 = {"quantize_fp8", quantize_fp8, no_scratch},
+      .dequantize_int8 = {"dequantize_int8", dequantize_int8, no_scratch},
+      .dequantize_fp8 = {"dequantize_fp8", dequantize_fp8, no_scratch},
       .restrict_tokens = {"restrict", restrict_tokens, no_scratch},
       .add_bias = {"add_bias", add_bias, no_scratch},
       .penalize = {"penalize", penalize, scratch_of<PenalizePlan, PenalizeArgs>},

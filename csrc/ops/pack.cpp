@@ -1,4 +1,4 @@
-// Packing ops: one a format, so that a scale can neither be missing nor too many.
+// Packing, and the formats' quantizers: one op a format, so that a scale can neither be missing nor too many.
 #include "ops/check.h"
 
 namespace lc {
@@ -72,6 +72,59 @@ void pack_int8_wide(Tensor dst, Desc desc, int64_t item, Tensor w, Tensor row_sc
 }
 LC_OP(pack_int8_wide,
       "(Tensor(a!) dst, int[] dst_desc, int item, Tensor w, Tensor row_scale, Tensor column_scale) -> ()")
+
+// From bf16 to a format's codes and scales, by its exact quantizer.
+template <bool Run>
+void quantize_int8(Tensor w, Tensor codes, Tensor scale) {
+  checked("quantize_int8", Run, [&](const Call& c) {
+    const Call::View from = c.tensor("w", w, DType::BFloat16, {kAny, kAny});
+    const int64_t rows = from.size(0), cols = from.size(1);
+    QuantizeArgs a{static_cast<const uint16_t*>(from.data), rows, cols, nullptr, nullptr};
+    a.codes = c.output<uint8_t>("codes", codes, DType::Char, {rows, cols});
+    a.scale = c.output<float>("scale", scale, DType::Float, {rows});
+    c.launch(kernels().quantize_int8, a);
+  });
+}
+LC_OP(quantize_int8, "(Tensor w, Tensor(a!) codes, Tensor(b!) scale) -> ()")
+template <bool Run>
+void quantize_fp8(Tensor w, Tensor codes, Tensor scale_inv) {
+  checked("quantize_fp8", Run, [&](const Call& c) {
+    const Call::View from = c.tensor("w", w, DType::BFloat16, {kAny, kAny});
+    const int64_t rows = from.size(0), cols = from.size(1);
+    QuantizeArgs a{static_cast<const uint16_t*>(from.data), rows, cols, nullptr, nullptr};
+    a.codes = c.output<uint8_t>("codes", codes, DType::Float8_e4m3fn, {rows, cols});
+    a.scale = c.output<float>("scale_inv", scale_inv, DType::Float,
+                              {ceil_div(rows, kFp8Block), ceil_div(cols, kFp8Block)});
+    c.launch(kernels().quantize_fp8, a);
+  });
+}
+LC_OP(quantize_fp8, "(Tensor w, Tensor(a!) codes, Tensor(b!) scale_inv) -> ()")
+
+// Code x scale in fp32, rounded once to bf16.
+template <bool Run>
+void dequantize_int8(Tensor codes, Tensor scale, Tensor out) {
+  checked("dequantize_int8", Run, [&](const Call& c) {
+    const Call::View from = c.tensor("codes", codes, DType::Char, {kAny, kAny});
+    const int64_t rows = from.size(0), cols = from.size(1);
+    DequantizeArgs a{static_cast<const uint8_t*>(from.data), c.vector("scale", scale, rows), rows, cols, nullptr};
+    a.out = c.output<uint16_t>("out", out, DType::BFloat16, {rows, cols});
+    c.launch(kernels().dequantize_int8, a);
+  });
+}
+LC_OP(dequantize_int8, "(Tensor codes, Tensor scale, Tensor(a!) out) -> ()")
+template <bool Run>
+void dequantize_fp8(Tensor codes, Tensor scale_inv, Tensor out) {
+  checked("dequantize_fp8", Run, [&](const Call& c) {
+    const Call::View from = c.tensor("codes", codes, DType::Float8_e4m3fn, {kAny, kAny});
+    const int64_t rows = from.size(0), cols = from.size(1);
+    DequantizeArgs a{static_cast<const uint8_t*>(from.data), nullptr, rows, cols, nullptr};
+    a.scale = c.data<const float>("scale_inv", scale_inv, DType::Float,
+                                  {ceil_div(rows, kFp8Block), ceil_div(cols, kFp8Block)});
+    a.out = c.output<uint16_t>("out", out, DType::BFloat16, {rows, cols});
+    c.launch(kernels().dequantize_fp8, a);
+  });
+}
+LC_OP(dequantize_fp8, "(Tensor codes, Tensor scale_inv, Tensor(a!) out) -> ()")
 
 // Writes the descriptor into fresh memory of the right size.
 template <bool Run>

@@ -243,25 +243,29 @@ def _spoil(name: str, value: float) -> Callable[[Tensors], None]:
 
 
 @pytest.mark.parametrize(
-    ("fmt", "name", "value"),
+    ("fmt", "quantization", "name", "value"),
     [
-        ("int8", "model.layers.1.mlp.experts.5.down_proj.weight_scale", float("nan")),
-        ("int8", "model.layers.0.self_attn.kv_b_proj.weight_scale", float("inf")),
-        ("fp8", "model.layers.2.self_attn.o_proj.weight_scale_inv", float("-inf")),
-        ("bf16", "model.layers.2.input_layernorm.weight", float("nan")),
-        ("bf16", "model.layers.1.mlp.gate.e_score_correction_bias", float("nan")),
-        ("bf16", "model.norm.weight", float("inf")),
+        ("int8", "auto", "model.layers.1.mlp.experts.5.down_proj.weight_scale", float("nan")),
+        ("int8", "auto", "model.layers.0.self_attn.kv_b_proj.weight_scale", float("inf")),
+        ("fp8", "auto", "model.layers.2.self_attn.o_proj.weight_scale_inv", float("-inf")),
+        ("fp8", "w8a8_int8", "model.layers.2.self_attn.o_proj.weight_scale_inv", float("nan")),
+        ("bf16", "auto", "model.layers.2.input_layernorm.weight", float("nan")),
+        ("bf16", "auto", "model.layers.1.mlp.gate.e_score_correction_bias", float("nan")),
+        ("bf16", "auto", "model.norm.weight", float("inf")),
+        ("bf16", "w8a8_int8", "model.layers.1.mlp.experts.5.down_proj.weight", float("nan")),
+        ("bf16", "fp8", "model.layers.0.self_attn.kv_b_proj.weight", float("-inf")),
+        ("fp8", "w8a8_int8", "model.layers.0.self_attn.o_proj.weight", float("nan")),
     ],
 )
 def test_numbers_that_are_not_finite_are_named(
-    tmp_path: Path, fmt: str, name: str, value: float
+    tmp_path: Path, fmt: str, quantization: str, name: str, value: float
 ) -> None:
     config = tiny_config()
     tensors = random_tensors(tensor_list(config, fmt))
     tensors[name].view(-1)[-1] = value
     write_checkpoint(tmp_path, config, tensors)
     with pytest.raises(CheckpointError) as caught:
-        _load(tmp_path)
+        _load(tmp_path, quantization)
     assert name in str(caught.value)
     assert "NaN or infinity" in str(caught.value)
 

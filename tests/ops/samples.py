@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any, TypeAlias
 
 import torch
+from oracle import quantizers
 
 from latentcore.ops import dense, mla, moe, packing, sampling, storage
 from latentcore.quant.packed import Format, PackedWeight, huge_buffer, packed_nbytes
@@ -155,7 +156,8 @@ def poison(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """NaN for floats, a large number for integers."""
     if dtype.is_floating_point:
         return torch.full(tuple(shape), float("nan"), dtype=dtype)
-    return torch.full(tuple(shape), 0x5A5A5A5A, dtype=dtype)
+    number = 0x5A if dtype == torch.int8 else 0x5A5A5A5A
+    return torch.full(tuple(shape), number, dtype=dtype)
 
 
 def normal(g: torch.Generator, *shape: int, gain: float = 1.0) -> torch.Tensor:
@@ -1007,6 +1009,61 @@ def _packing(
     return make
 
 
+def weights_of_every_size(g: torch.Generator, rows: int, cols: int) -> torch.Tensor:
+    """bf16 [rows, cols]: rows of very different size down to subnormals, values at ties, and where
+    there is room a row and a 128x128 block of zeros, a NaN and an infinity."""
+    w = normal(g, rows, cols) * torch.exp2(torch.randint(-20, 20, (rows, 1), generator=g).float())
+    w[:, 1::7] = (w[:, 1::7] / w.abs().amax(dim=1, keepdim=True) * 254).round() / 2
+    if rows > 8:
+        w[2] = 0.0
+        w[3] *= 1e-38
+        w[5] = w[5].sign() * 2.0**-133
+        w[6, :] = 2.0**-4
+        w[6, ::3] *= 127.5
+    if rows > 256:
+        w[128:256, :128] = 0.0
+        w[256] = 0.0
+        w[256, 0], w[256, -1] = float("nan"), float("-inf")
+        w[0, -1] = float("inf")
+    return bf16(w)
+
+
+def _quantizing(fmt: Format, rows: int, cols: int) -> Callable[[torch.Generator], Case]:
+    def make(g: torch.Generator) -> Case:
+        w = weights_of_every_size(g, rows, cols)
+        stored = quantizers.quantize_int8(w) if fmt == Format.INT8 else quantizers.quantize_fp8(w)
+        codes, scale = stored.values()
+        call, name = packing.quantize_fp8, "scale_inv"
+        if fmt == Format.INT8:
+            scale = scale.view(-1)
+            call, name = packing.quantize_int8, "scale"
+        arguments = {
+            "w": w,
+            "codes": poison(codes.shape, codes.dtype),
+            name: poison(scale.shape, torch.float32),
+        }
+        return Case(call, arguments, {"codes": Exact(codes), name: Exact(scale)})
+
+    return make
+
+
+def _dequantizing(fmt: Format, rows: int, cols: int) -> Callable[[torch.Generator], Case]:
+    def make(g: torch.Generator) -> Case:
+        m = matrix(g, fmt, rows, cols)
+        assert m.scale is not None
+        call, name, suffix = packing.dequantize_fp8, "scale_inv", "weight_scale_inv"
+        scale = m.scale
+        if fmt == Format.INT8:
+            call, name, suffix = packing.dequantize_int8, "scale", "weight_scale"
+            scale = scale.view(-1, 1)
+        arguments = {"codes": m.codes, name: m.scale, "out": poison((rows, cols), BF16)}
+        # Two roundings: fp64 to fp32 is the product's own.
+        exact = quantizers.dequantize({"weight": m.codes, suffix: scale})
+        return Case(call, arguments, {"out": Exact(bf16(exact))})
+
+    return make
+
+
 def _init_packed(fmt: Format, *shape: int) -> Callable[[torch.Generator], Case]:
     def make(g: torch.Generator) -> Case:
         batch, parts, rows, cols = shape
@@ -1320,6 +1377,11 @@ def _table() -> list[Sample]:
             f"{batch}x{rows}x{cols}-{item}",
             _packing(I8W, batch, 1, rows, cols, item, 0),
         )
+    for rows, cols in ((1, 1), (9, 15), (40, 70), (130, 257), (300, 129), (257, 384)):
+        for fmt in (I8, F8):
+            shape = f"{rows}x{cols}"
+            add(f"quantize_{NAMES[fmt]}", NAMES[fmt], shape, _quantizing(fmt, rows, cols))
+            add(f"dequantize_{NAMES[fmt]}", NAMES[fmt], shape, _dequantizing(fmt, rows, cols))
     for fmt in Format:
         add("init_packed", NAMES[fmt], "3x1x40x70", _init_packed(fmt, 3, 1, 40, 70))
     for n, groups, offset in ((1, 1, 0), (100_003, 7, 5), (600_001, 3, 4096)):

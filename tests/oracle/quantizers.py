@@ -15,8 +15,9 @@ BLOCK = 128
 
 
 def _divide(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x / scale, and 0 where the scale is."""
-    return torch.where(scale > 0, x / torch.where(scale > 0, scale, 1.0), 0.0)
+    """x / scale, and 0 where the scale is 0, infinity or NaN."""
+    divides = (scale > 0) & scale.isfinite()
+    return torch.where(divides, x / torch.where(divides, scale, 1.0), 0.0)
 
 
 def int8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

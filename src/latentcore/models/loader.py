@@ -38,7 +38,7 @@ from latentcore.models.resolve import (
 from latentcore.ops import packing, storage
 from latentcore.quant.packed import Format, PackedWeight
 from latentcore.quant.scheme import QuantScheme, StoredTensors
-from latentcore.quant.schemes import convert
+from latentcore.quant.schemes import convert_finite
 
 logger = logging.getLogger(__name__)
 
@@ -255,14 +255,9 @@ class _Packer:
     def stored(self, piece: StoredWeight, target: QuantScheme) -> StoredTensors:
         """The tensors of one weight, turned into those of `target`."""
         tensors = {suffix: self.read(info) for suffix, info in piece.tensors.items()}
-        bad = piece.scheme.bad_companion(tensors)
-        if bad is not None:
-            info = piece.tensors[bad]
-            raise CheckpointError(
-                f"{info.name}: expected finite scales, found NaN or infinity; the file is damaged",
-                where=str(info.file),
-            )
-        return convert(tensors, piece.scheme, target)
+        info = piece.tensors["weight"]
+        name = info.name.removesuffix(".weight")
+        return convert_finite(name, str(info.file), tensors, piece.scheme, target)
 
     def read(self, info: TensorInfo) -> torch.Tensor:
         """The mapped data of a tensor; asks for what comes after it to be read ahead."""

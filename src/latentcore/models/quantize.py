@@ -22,7 +22,7 @@ from latentcore.models.writer import (
     write_shards,
 )
 from latentcore.quant.scheme import QuantScheme
-from latentcore.quant.schemes import COMPANION_SUFFIXES, convert, scheme_of, target_scheme
+from latentcore.quant.schemes import COMPANION_SUFFIXES, convert_finite, scheme_of, target_scheme
 
 _LINEAR = re.compile(r"^(model\.layers\.\d+\.(?:self_attn|mlp)\..*_proj(?:_with_mqa)?)\.weight$")
 """Weights that published quantized checkpoints quantize; not `eh_proj`, the router or the head."""
@@ -102,10 +102,8 @@ def _convert(
     target: QuantScheme,
 ) -> list[torch.Tensor]:
     tensors = {suffix: checkpoint.tensor(f"{base}.{suffix}") for suffix in suffixes}
-    bad = stored.bad_companion(tensors)
-    if bad is not None:
-        raise CheckpointError(f"{base}.{bad}: expected finite scales, found NaN or infinity")
-    made = convert(tensors, stored, target)
+    where = str(checkpoint.tensors[f"{base}.weight"].file)
+    made = convert_finite(base, where, tensors, stored, target)
     return [made[suffix] for suffix in target.stored(*tensors["weight"].shape)]
 
 

@@ -1,9 +1,12 @@
-"""Packing ops: stored matrices to panels. Each uses all threads; sources may be memory-mapped."""
+"""Packing ops: stored matrices to panels, and from one stored format to another.
+
+Each uses all threads; sources may be memory-mapped.
+"""
 
 import torch
 
 from latentcore.ops.native import op, unpack
-from latentcore.quant.packed import FP8_BLOCK, PackedWeight
+from latentcore.quant.packed import PackedWeight
 
 _init_packed = op("init_packed")
 _pack_f32 = op("pack_f32")
@@ -11,10 +14,10 @@ _pack_bf16 = op("pack_bf16")
 _pack_int8 = op("pack_int8")
 _pack_fp8 = op("pack_fp8")
 _pack_int8_wide = op("pack_int8_wide")
-
-_FP8_MAX = 448.0
-_ROWS_AT_ONCE = 64
-"""Rows that a conversion holds in fp32 at a time: few, so that they stay in the cache."""
+_quantize_int8 = op("quantize_int8")
+_quantize_fp8 = op("quantize_fp8")
+_dequantize_int8 = op("dequantize_int8")
+_dequantize_fp8 = op("dequantize_fp8")
 
 
 def init_packed(dst: PackedWeight) -> None:
@@ -94,61 +97,33 @@ def pack_kv_b_int8(
         pack_int8_wide(w_vc, head, codes[nope:].contiguous(), scales[nope:].contiguous(), ones)
 
 
-def quantize_rows_int8(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """w, bf16 [rows, cols], to int8 codes and f32 [rows] scales.
+def quantize_int8(w: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> None:
+    """w, bf16 [rows, cols], to int8 codes [rows, cols] and scale f32 [rows].
 
-    Scale max|w| / 127 a row; codes round half to even, within +-127; a row of zeros gives zeros.
+    Scale max|w| / 127 a row; codes round half to even, within +-127. A row of zeros gives zeros;
+    one that holds NaN or infinity gives zeros too, and that as its scale.
     """
-    codes = torch.empty(w.shape, dtype=torch.int8)
-    scale = torch.empty(w.shape[0], dtype=torch.float32)
-    for start in range(0, w.shape[0], _ROWS_AT_ONCE):
-        part = w[start : start + _ROWS_AT_ONCE].to(torch.float32)
-        s = part.abs().amax(dim=1) / 127.0
-        divisor = torch.where(s > 0, s, torch.ones_like(s))
-        codes[start : start + part.shape[0]] = (
-            (part / divisor[:, None]).round().clamp(-127, 127).to(torch.int8)
-        )
-        scale[start : start + part.shape[0]] = s
-    return codes, scale
+    _quantize_int8(w, codes, scale)
 
 
-def quantize_blocks_fp8(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """w, bf16 [rows, cols], to float8_e4m3fn codes and f32 [ceil(rows/128), ceil(cols/128)] scales.
+def quantize_fp8(w: torch.Tensor, codes: torch.Tensor, scale_inv: torch.Tensor) -> None:
+    """w, bf16 [rows, cols], to float8_e4m3fn codes [rows, cols] and their grid of block scales.
 
-    Scale max|w| / 448 a block, values clamped to +-448 before the cast; zeros give zeros.
+    scale_inv is f32 [ceil(rows / 128), ceil(cols / 128)]: max|w| / 448 a block; values are clamped
+    to +-448 and round half to even. A block of zeros gives zeros; one that holds NaN or infinity
+    gives zeros too, and that as its scale.
     """
-    rows, cols = w.shape
-    grid = (-(-rows // FP8_BLOCK), -(-cols // FP8_BLOCK))
-    codes = torch.empty(w.shape, dtype=torch.float8_e4m3fn)
-    scale = torch.empty(grid, dtype=torch.float32)
-    for i in range(grid[0]):
-        strip = w[i * FP8_BLOCK : (i + 1) * FP8_BLOCK].to(torch.float32)
-        padded = torch.nn.functional.pad(strip, (0, grid[1] * FP8_BLOCK - cols))
-        top = padded.view(strip.shape[0], grid[1], FP8_BLOCK).abs().amax(dim=(0, 2))
-        s = top / _FP8_MAX
-        divisor = torch.where(s > 0, s, torch.ones_like(s)).repeat_interleave(FP8_BLOCK)[:cols]
-        codes[i * FP8_BLOCK : (i + 1) * FP8_BLOCK] = (
-            (strip / divisor).clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
-        )
-        scale[i] = s
-    return codes, scale
+    _quantize_fp8(w, codes, scale_inv)
 
 
-def dequantize_fp8(codes: torch.Tensor, scale_inv: torch.Tensor) -> torch.Tensor:
-    """code x block scale, rounded once to bf16 [rows, cols]."""
-    rows, cols = codes.shape
-    out = torch.empty(codes.shape, dtype=torch.bfloat16)
-    columns = scale_inv.repeat_interleave(FP8_BLOCK, dim=1)[:, :cols]
-    for i in range(scale_inv.shape[0]):
-        span = slice(i * FP8_BLOCK, min(rows, (i + 1) * FP8_BLOCK))
-        out[span] = (codes[span].to(torch.float32) * columns[i]).to(torch.bfloat16)
-    return out
+def dequantize_int8(codes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
+    """int8 codes [rows, cols] x scale f32 [rows], rounded once to out, bf16 [rows, cols]."""
+    _dequantize_int8(codes, scale, out)
 
 
-def dequantize_int8(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """code x row scale, rounded once to bf16 [rows, cols]."""
-    out = torch.empty(codes.shape, dtype=torch.bfloat16)
-    for start in range(0, codes.shape[0], _ROWS_AT_ONCE):
-        span = slice(start, start + _ROWS_AT_ONCE)
-        out[span] = (codes[span].to(torch.float32) * scale[span, None]).to(torch.bfloat16)
-    return out
+def dequantize_fp8(codes: torch.Tensor, scale_inv: torch.Tensor, out: torch.Tensor) -> None:
+    """float8_e4m3fn codes [rows, cols] x scale of their block, rounded once to out, bf16.
+
+    scale_inv is f32 [ceil(rows / 128), ceil(cols / 128)]; out is [rows, cols].
+    """
+    _dequantize_fp8(codes, scale_inv, out)

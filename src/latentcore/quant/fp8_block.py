@@ -38,11 +38,17 @@ def _dequantize(tensors: StoredTensors) -> torch.Tensor:
 
 
 def _to_bf16(tensors: StoredTensors) -> torch.Tensor:
-    return packing.dequantize_fp8(tensors["weight"], tensors["weight_scale_inv"])
+    codes = tensors["weight"]
+    out = torch.empty(codes.shape, dtype=torch.bfloat16)
+    packing.dequantize_fp8(codes, tensors["weight_scale_inv"], out)
+    return out
 
 
 def _quantize(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    codes, scale = packing.quantize_blocks_fp8(weight)
+    rows, cols = weight.shape
+    codes = torch.empty(rows, cols, dtype=torch.float8_e4m3fn)
+    scale = torch.empty(_grid_shape(rows, cols), dtype=torch.float32)
+    packing.quantize_fp8(weight, codes, scale)
     return {"weight": codes, "weight_scale_inv": scale}
 
 

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 
-from latentcore.errors import QuantizationError
+from latentcore.errors import CheckpointError, QuantizationError
 from latentcore.quant.bf16 import BF16
 from latentcore.quant.fp8_block import FP8_BLOCK
 from latentcore.quant.scheme import QuantScheme, StoredTensors
@@ -82,6 +82,30 @@ def convert(tensors: StoredTensors, stored: QuantScheme, target: QuantScheme) ->
             f"use --quantization auto or unquant"
         )
     return target.quantize(stored.to_bf16(tensors))
+
+
+def convert_finite(
+    name: str, where: str, tensors: StoredTensors, stored: QuantScheme, target: QuantScheme
+) -> StoredTensors:
+    """`convert` of the weight `name` (`X` of `X.weight`) from file `where`, its numbers checked.
+
+    Raises CheckpointError naming a companion that holds NaN or infinity, or a weight that does and
+    is to be quantized: no scale would suit it.
+    """
+    bad = stored.bad_companion(tensors)
+    if bad is not None:
+        raise CheckpointError(
+            f"{name}.{bad}: expected finite scales, found NaN or infinity; the file is damaged",
+            where=where,
+        )
+    made = convert(tensors, stored, target)
+    if target is not stored and target.bad_companion(made) is not None:
+        raise CheckpointError(
+            f"{name}.weight: expected finite numbers to quantize as {target.name}, found NaN or "
+            f"infinity; the file is damaged",
+            where=where,
+        )
+    return made
 
 
 def dtype_name(dtype: torch.dtype) -> str:

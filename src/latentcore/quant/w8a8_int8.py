@@ -31,12 +31,18 @@ def _dequantize(tensors: StoredTensors) -> torch.Tensor:
 
 
 def _to_bf16(tensors: StoredTensors) -> torch.Tensor:
-    return packing.dequantize_int8(tensors["weight"], tensors["weight_scale"].view(-1))
+    codes = tensors["weight"]
+    out = torch.empty(codes.shape, dtype=torch.bfloat16)
+    packing.dequantize_int8(codes, tensors["weight_scale"].view(-1), out)
+    return out
 
 
 def _quantize(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    codes, scale = packing.quantize_rows_int8(weight)
-    return {"weight": codes, "weight_scale": scale.view(-1, 1)}
+    rows, cols = weight.shape
+    codes = torch.empty(rows, cols, dtype=torch.int8)
+    scale = torch.empty(_scale_shape(rows, cols), dtype=torch.float32)
+    packing.quantize_int8(weight, codes, scale.view(-1))
+    return {"weight": codes, "weight_scale": scale}
 
 
 W8A8_INT8 = QuantScheme(
