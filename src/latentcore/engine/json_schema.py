@@ -26,6 +26,20 @@ _UNSUPPORTED = (
 )
 _SHAPES_OF_TEXT = ("pattern", "format")
 _RANGES = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+_BOUNDS = {
+    "string": ("minLength", "maxLength", *_SHAPES_OF_TEXT),
+    "number": (*_RANGES, "multipleOf"),
+    "array": ("minItems", "maxItems"),
+    "object": ("minProperties", "maxProperties", "required", "patternProperties", "propertyNames"),
+}
+"""Keywords that the compiler heeds only where it knows that the value is of this type."""
+_IMPLY_A_TYPE = (
+    *("properties", "additionalProperties", "unevaluatedProperties"),
+    *("items", "prefixItems", "unevaluatedItems"),
+)
+_WHOLE = ("$ref", "const", "enum", "anyOf", "oneOf")
+"""Keywords beside which the compiler passes over all others."""
+_ASSERTIONS = frozenset({"type", "allOf", *_WHOLE, *_IMPLY_A_TYPE}.union(*_BOUNDS.values()))
 _SINGLE = ("additionalProperties", "items", "propertyNames", "unevaluatedItems")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _MAPPINGS = ("properties", "patternProperties")
@@ -42,6 +56,7 @@ def check_schema(schema: Any, name: str) -> None:
     _check_depth(schema, name)
     nodes: dict[int, Any] = {}
     parents: dict[int, list[int]] = {}
+    keys: set[int] = set()
     waiting = [schema]
     while waiting:
         node = waiting.pop()
@@ -49,7 +64,11 @@ def check_schema(schema: Any, name: str) -> None:
             continue
         nodes[id(node)] = node
         if isinstance(node, Mapping):
+            if id(node) not in keys:
+                _check_type_is_known(node, name)
             _check_keywords(node, name)
+            # What describes keys need not say that they are strings.
+            keys.add(id(node.get("propertyNames")))
         for child in _children(node, schema, name):
             parents.setdefault(id(child), []).append(id(node))
             waiting.append(child)
@@ -95,6 +114,13 @@ def _check_keywords(node: Mapping[str, Any], name: str) -> None:
         raise RequestError(
             f"{name}: {first!r} and {second!r} cannot be enforced together; say it in one pattern"
         )
+    if "propertyNames" in node and "unevaluatedProperties" in node:
+        raise RequestError(
+            f"{name}: 'unevaluatedProperties' cannot be enforced beside 'propertyNames'; leave one "
+            "of them out"
+        )
+    _check_nothing_is_beside(node, name)
+    _check_required_is_described(node, name)
     ranges = [keyword for keyword in _RANGES if keyword in node]
     if "multipleOf" in node and (ranges or node.get("type") != "integer"):
         raise RequestError(
@@ -106,6 +132,72 @@ def _check_keywords(node: Mapping[str, Any], name: str) -> None:
             f"{name}: 'allOf' can only be enforced where it has one schema and nothing beside it; "
             "write the schemas as one"
         )
+
+
+def _check_type_is_known(node: Mapping[str, Any], name: str) -> None:
+    if any(keyword in node for keyword in ("type", "allOf", *_WHOLE, *_IMPLY_A_TYPE)):
+        return
+    for kind, keywords in _BOUNDS.items():
+        for keyword in keywords:
+            if keyword in node:
+                raise RequestError(
+                    f"{name}: {keyword!r} can only be enforced beside 'type'; add 'type': {kind!r}"
+                )
+
+
+def _check_nothing_is_beside(node: Mapping[str, Any], name: str) -> None:
+    for keyword in _WHOLE:
+        if keyword not in node:
+            continue
+        for other in sorted(_ASSERTIONS.intersection(node) - {keyword}):
+            if other != "type" or not _says_types_itself(node, keyword):
+                raise RequestError(
+                    f"{name}: {other!r} cannot be enforced beside {keyword!r}; say it there or "
+                    "leave it out"
+                )
+
+
+def _says_types_itself(node: Mapping[str, Any], keyword: str) -> bool:
+    """Whether `keyword` allows nothing but what `type` allows too."""
+    allowed = _types(node)
+    if keyword in ("const", "enum"):
+        values = [node["const"]] if keyword == "const" else node["enum"]
+        return isinstance(values, list) and all(allowed & _types_of(value) for value in values)
+    branches = node[keyword]
+    return isinstance(branches, list) and all(
+        isinstance(branch, Mapping) and "type" in branch and _types(branch) <= allowed
+        for branch in branches
+    )
+
+
+def _types(node: Mapping[str, Any]) -> set[str]:
+    """The types that `type` names; a number may be an integer."""
+    given = node.get("type")
+    found = {kind for kind in (given if isinstance(given, list) else [given]) if kind in _TYPES}
+    return found | {"integer"} if "number" in found else found
+
+
+_TYPES = frozenset({"string", "number", "integer", "boolean", "null", "array", "object"})
+
+
+def _types_of(value: Any) -> set[str]:
+    if isinstance(value, bool):
+        return {"boolean"}
+    if isinstance(value, int | float):
+        return {"number", "integer"} if float(value).is_integer() else {"number"}
+    kinds = {str: "string", type(None): "null", list: "array", dict: "object"}
+    return {kinds[type(value)]}
+
+
+def _check_required_is_described(node: Mapping[str, Any], name: str) -> None:
+    required, properties = node.get("required"), node.get("properties", {})
+    if isinstance(required, list) and isinstance(properties, Mapping):
+        for key in required:
+            if isinstance(key, str) and key not in properties:
+                raise RequestError(
+                    f"{name}: 'required' names {key[:100]!r}, which can only be enforced where "
+                    "'properties' describes it"
+                )
 
 
 def _children(node: Any, root: Any, name: str) -> Iterator[Any]:
