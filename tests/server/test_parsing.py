@@ -124,6 +124,16 @@ def test_forced_calls_start_inside() -> None:
     assert every_cut(text, DEEPSEEK_V31, forced=True).calls == [("f", ARGUMENTS[0])]
 
 
+@pytest.mark.parametrize("style", [DEEPSEEK_V31, DEEPSEEK_V3, KIMI_K2], ids=lambda s: s.style)
+def test_a_marker_within_a_string_of_forced_arguments_is_text(style: ToolFormat) -> None:
+    """A grammar lets the model write it there, and the JSON must not end with it."""
+    arguments = json.dumps({"a": f'x{style.call_end}"\\', "b": f"{style.end}y"}, ensure_ascii=False)
+    body = f"{style.opening('f')}{arguments}{style.closing}{style.call_end}"
+    several = "" if style.between is None else style.between + body
+    found = every_cut(body + several + style.end, style, forced=True)
+    assert found.calls == [("f", arguments)] * (1 + bool(several))
+
+
 @pytest.mark.parametrize(
     ("text", "inside", "reasoning", "content"),
     [

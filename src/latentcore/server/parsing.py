@@ -214,8 +214,14 @@ class ToolCallParser:
     """Finds tool calls in an answer's content."""
 
     def __init__(self, tool_format: ToolFormat, *, forced: bool) -> None:
-        """`forced`: the prompt ends with begin and call_begin, so the answer starts in a call."""
+        """`forced`: the prompt ends with begin and call_begin, so the answer starts in a call.
+
+        Then a grammar holds the arguments to JSON, and a marker within one of its strings is text.
+        """
         self._format = tool_format
+        self._forced = forced
+        self._in_string = False
+        self._escaped = False
         self._scanner = _Scanner()
         self._state: Literal["content", "between", "header", "name", "arguments", "after"] = (
             "header" if forced else "content"
@@ -309,6 +315,7 @@ class ToolCallParser:
     def _start(self, events: list[Event], name: str, call_id: str | None) -> None:
         events.append(ToolCallStart(self._calls, call_id or new_call_id(), name))
         self._calls += 1
+        self._in_string = self._escaped = False
         self._state = "arguments"
 
     def _ending(self) -> str:
@@ -317,12 +324,27 @@ class ToolCallParser:
     def _read_arguments(self, events: list[Event]) -> bool:
         markers = [self._ending(), self._format.call_end]
         text, marker = self._scanner.until(markers)
+        self._follow_strings(text)
+        quoted = self._forced and self._in_string
+        if marker is not None and quoted:
+            text += marker
         if text:
             events.append(ToolCallArguments(self._calls - 1, text))
         if marker is None:
             return False
-        self._state = "between"
+        if not quoted:
+            self._state = "between"
         return True
+
+    def _follow_strings(self, text: str) -> None:
+        """Keeps up whether the arguments so far end within a string."""
+        for character in text:
+            if self._escaped:
+                self._escaped = False
+            elif character == '"':
+                self._in_string = not self._in_string
+            elif character == "\\":
+                self._escaped = self._in_string
 
     def _ignore(self, events: list[Event]) -> bool:
         self._scanner.rest()
