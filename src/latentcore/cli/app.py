@@ -48,7 +48,8 @@ def _options(
 
 app.command()(generate.generate)
 app.command()(chat.chat)
-app.command()(serve.serve)
+# Every option of the server may be set by a variable: --max-num-seqs is LATENTCORE_MAX_NUM_SEQS.
+app.command(context_settings={"auto_envvar_prefix": "LATENTCORE"})(serve.serve)
 app.command()(preflight.preflight)
 app.command()(pack.pack)
 app.add_typer(cache.app)

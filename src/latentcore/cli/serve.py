@@ -60,17 +60,12 @@ def serve(
             envvar="LATENTCORE_MODEL",
         ),
     ] = None,
-    host: Annotated[
-        str, typer.Option("--host", envvar="LATENTCORE_HOST", help="Address to listen on.")
-    ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option("--port", envvar="LATENTCORE_PORT", min=0, max=65535, help="0: any.")
-    ] = 8000,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any.")] = 8000,
     api_key: Annotated[
         list[str] | None,
         typer.Option(
             "--api-key",
-            envvar="LATENTCORE_API_KEY",
             help="Ask for this key; may be repeated.",
             show_default=False,
         ),
@@ -119,9 +114,7 @@ def serve(
         float,
         typer.Option("--drain-timeout", min=0.0, help="Seconds to finish what runs on SIGTERM."),
     ] = 30.0,
-    log_level: Annotated[
-        LogLevel, typer.Option("--log-level", envvar="LATENTCORE_LOG_LEVEL")
-    ] = LogLevel.INFO,
+    log_level: Annotated[LogLevel, typer.Option("--log-level")] = LogLevel.INFO,
     log_requests: Annotated[
         bool, typer.Option("--log-requests", help="Log requests' bodies, prompts included.")
     ] = False,
@@ -129,7 +122,6 @@ def serve(
         Path | None,
         typer.Option(
             "--config",
-            envvar="LATENTCORE_CONFIG",
             is_eager=True,
             callback=_load_config,
             help="A TOML file with values for these options; the command line goes first.",
