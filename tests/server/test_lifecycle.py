@@ -8,12 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import openai
+import psutil
 import pytest
 
 from latentcore.cli import app
@@ -23,6 +25,7 @@ from latentcore.models.synthetic import benchmark_config, make_synthetic
 from latentcore.server.run import listen
 from tests.server.process import ServerProcess, serving
 
+TEXT = "/v1/completions"
 ENDLESS: dict[str, Any] = {"prompt": "Once", "max_tokens": 1900, "ignore_eos": True}
 
 
@@ -44,15 +47,55 @@ def test_sigterm_lets_running_answers_finish(tiny_model: Path, tmp_path: Path) -
             httpx2.get(f"{server.url}/health")
 
 
-def test_draining_does_not_wait_for_ever(tiny_model: Path, tmp_path: Path) -> None:
-    options = ("--drain-timeout", "1", "--max-num-seqs", "1")
+@pytest.mark.parametrize(
+    ("option", "signals"),
+    [("1", [signal.SIGTERM]), ("300", [signal.SIGINT, signal.SIGINT])],
+    ids=["late", "hurried"],
+)
+def test_draining_does_not_wait_for_ever(
+    option: str, signals: list[signal.Signals], tiny_model: Path, tmp_path: Path
+) -> None:
+    """Who is not finished in time, or at a second Ctrl-C, is told so, whole and streamed."""
+    options = ("--drain-timeout", option, "--max-num-seqs", "1")
     with serving(tiny_model, *options, cache=tmp_path) as server, server.http() as http:
-        body = {**ENDLESS, "n": 100, "stream": True}
-        with http.stream("POST", "/v1/completions", json=body) as response:
-            next(response.iter_bytes())
-            started = time.monotonic()
-            assert server.stop() == 0
-        assert time.monotonic() - started < 20
+        whole: list[httpx2.Response] = []
+        body = {**ENDLESS, "n": 100}
+        waiting = threading.Thread(
+            target=lambda: whole.append(httpx2.post(server.url + TEXT, json=body, timeout=60))
+        )
+        with http.stream("POST", TEXT, json={**body, "stream": True}) as response:
+            events = response.iter_text()
+            text = next(events)
+            waiting.start()
+            while not server.metric("num_requests_waiting"):
+                time.sleep(0.01)
+            for number in signals:
+                server.process.send_signal(number)
+                time.sleep(0.3)
+            text += "".join(events)
+        waiting.join()
+        assert server.process.wait(30) == 0
+    assert "the engine is shutting down" in text
+    assert text.endswith("data: [DONE]\n\n")
+    assert (whole[0].status_code, "retry-after" in whole[0].headers) == (503, True)
+    assert [line for line in server.lines if "Traceback" in line] == []
+
+
+def test_an_end_while_grammars_are_being_compiled(tiny_model: Path, tmp_path: Path) -> None:
+    """The process that compiles, even one that is just starting, does not hold the server up."""
+    options = ("--drain-timeout", "0")
+    with serving(tiny_model, *options, cache=tmp_path) as server, server.http() as http:
+        children: list[psutil.Process] = []
+        body = {"prompt": "x", "structured_outputs": {"regex": "a+"}}
+        asking = threading.Thread(target=lambda: http.post(TEXT, json=body))
+        asking.start()
+        while not children:
+            children = psutil.Process(server.process.pid).children()
+            time.sleep(0.01)
+        assert server.stop() == 0
+        asking.join()
+        _, alive = psutil.wait_procs(children, 10)
+        assert not alive
 
 
 def test_requests_have_a_time_limit(tiny_model: Path, tmp_path: Path) -> None:
@@ -156,7 +199,10 @@ def test_a_dead_engine_ends_the_process_and_a_failed_step_does_not(how: str, cod
 
 def test_a_config_file_and_the_environment(tiny_model: Path, tmp_path: Path) -> None:
     config = tmp_path / "serve.toml"
-    config.write_text('max-num-seqs = 3\nserved_model_name = ["named"]\nlog_requests = true\n')
+    config.write_text(
+        'max-num-seqs = 3\nserved_model_name = ["named"]\nlog_requests = true\n'
+        "max-model-len = 100\n"
+    )
     with serving(
         tiny_model,
         "--config",
@@ -164,11 +210,14 @@ def test_a_config_file_and_the_environment(tiny_model: Path, tmp_path: Path) -> 
         "--max-request-bytes",
         "10kB",
         cache=tmp_path,
-        LATENTCORE_API_KEY="from-env",
+        LATENTCORE_API_KEY="from-env and-another",
+        LATENTCORE_MAX_MODEL_LEN="200",
     ) as server:
         assert httpx2.get(f"{server.url}/v1/models").status_code == 401
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="from-env", max_retries=0)
-        assert [model.id for model in client.models.list()] == ["named"]
+        (model,) = client.models.list()
+        assert (model.id, model.max_model_len) == ("named", 200)  # type: ignore[attr-defined]
+        assert client.with_options(api_key="and-another").models.list()
         client.completions.create(model="named", prompt="find me in the log", max_tokens=1)
         for _ in range(100):
             if any("find me in the log" in line for line in server.lines):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -184,6 +185,19 @@ class AsyncEngine:
                 return False
             await asyncio.sleep(0.02)
         return True
+
+    def end_unfinished(self) -> int:
+        """Takes nothing new and ends what runs: its streams raise EngineClosedError.
+
+        Returns how many requests that were.
+        """
+        with self._lock:
+            self._draining = True
+            unfinished = list(self._streams)
+            for request_id in unfinished:
+                self._inbox.put(functools.partial(self._engine.abort, request_id))
+        self._fail_all(EngineClosedError("the engine is shutting down"))
+        return len(unfinished)
 
     def close(self) -> None:
         """Stops the thread after its current step and gives the model back. Safe to repeat."""

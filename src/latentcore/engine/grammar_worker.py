@@ -45,7 +45,13 @@ class GrammarWorker:
         self._compile_seconds = compile_seconds
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._ready = False
         self._known: set[int] = set()
+
+    def start(self) -> None:
+        """Starts the process if there is none, and does not wait until it is ready."""
+        with self._lock:
+            self._started()
 
     def compile(self, tokenizer: int, tokenizer_info: str, request: Frame) -> str:
         """Compiles a grammar; returns it as xgrammar's JSON text.
@@ -56,6 +62,9 @@ class GrammarWorker:
         with self._lock:
             try:
                 process = self._started()
+                if not self._ready:
+                    self._receive(process, START_SECONDS)
+                    self._ready = True
                 if tokenizer not in self._known:
                     self._send(process, {"tokenizer": tokenizer, "info": tokenizer_info})
                     self._known.add(tokenizer)
@@ -83,7 +92,10 @@ class GrammarWorker:
         return str(reply["grammar"])
 
     def close(self) -> None:
-        """Ends the process; the next grammar starts another."""
+        """Ends the process, whatever it does; the next grammar starts another."""
+        process = self._process
+        if process is not None:
+            process.kill()  # whoever waits for it, with the lock, finds its pipe closed
         with self._lock:
             self._stop()
 
@@ -100,11 +112,11 @@ class GrammarWorker:
             start_new_session=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
-        self._receive(self._process, START_SECONDS)
         return self._process
 
     def _stop(self) -> None:
         process, self._process = self._process, None
+        self._ready = False
         self._known.clear()
         if process is not None:
             process.kill()

@@ -131,14 +131,14 @@ class RequestPreparer:
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(f"prompt: not valid Unicode text ({error.reason})") from None
-        self._refuse_endless(text)
+        self.refuse_endless(text)
         token_ids = self.tokenizer.encode(text, add_begin=add_begin)
         if not token_ids:
             raise RequestError("prompt: expected at least one token, found an empty text")
         return text, self._check_token_ids(token_ids)
 
-    def _refuse_endless(self, text: str) -> None:
-        """Refuses a text whose beginning alone is too long, without reading all of it."""
+    def refuse_endless(self, text: str) -> None:
+        """Raises RequestError for a text whose beginning alone is too long, without reading on."""
         assert self.tokenizer is not None
         longest = self.limits.max_model_len
         head = text[: longest * _CHARACTERS_A_TOKEN]

@@ -161,12 +161,6 @@ class GrammarCompiler:
         _check_size("choice", alternatives)
         return self._compiled("ebnf", f"root ::= {alternatives}")
 
-    def warm(self) -> None:
-        """Starts what the first grammar would wait for, some seconds: modules and the process."""
-        # Without the extra package there is nothing to start; who asks for a grammar is told.
-        with contextlib.suppress(RequestError):
-            self.compile(StructuredOutputsParams(json_object=True))
-
     def compile_tool_calls(
         self, options: Sequence[ToolCallGrammar], *, separator: str | None, end: str
     ) -> CompiledGrammar:
@@ -225,6 +219,7 @@ class GrammarCompiler:
 
     def _tokenizer_info(self) -> "xgrammar.TokenizerInfo":
         if self._info is None:
+            _worker.start()
             try:
                 import xgrammar
             except ImportError:
@@ -245,6 +240,11 @@ class GrammarCompiler:
             )
             self._info_text = self._info.serialize_json()
         return self._info
+
+
+def close() -> None:
+    """Ends the process that compiles, whatever it does; the next grammar starts another."""
+    _worker.close()
 
 
 def new_mask(vocab_size: int) -> "torch.Tensor":

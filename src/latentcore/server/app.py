@@ -113,7 +113,8 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
         "/tokenize", responses={200: {"model": openapi.TokenizeAnswer}, **openapi.POST_ERRORS}
     )
     async def tokenize(body: TokenizeRequest) -> Response:
-        return JSONResponse(await asyncio.to_thread(service.tokenize, body))
+        # Lists of tokens may be long: they are written on the thread too.
+        return await asyncio.to_thread(lambda: JSONResponse(service.tokenize(body)))
 
     @app.post(
         "/detokenize", responses={200: {"model": openapi.DetokenizeAnswer}, **openapi.POST_ERRORS}

@@ -1,6 +1,7 @@
 """Errors in OpenAI's form."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic_core import ErrorDetails
@@ -87,12 +88,29 @@ def as_api_error(error: BaseException) -> ApiError:
 
 def validation_error(details: list[ErrorDetails]) -> ApiError:
     """One line for the first thing that is wrong with a body."""
-    first = details[0]
-    path = [str(part) for part in first["loc"] if part not in ("body", "query")]
-    name = ".".join(path[:4])
+    # Where a field may have several forms, each has an error: the form that fits furthest counts.
+    field = [part for part in details[0]["loc"] if part not in ("body", "query")][:1]
+    same = [one for one in details if [p for p in one["loc"] if p != "body"][:1] == field]
+    first = max(same, key=lambda one: len(one["loc"]))
+    unknown = first["type"] == "extra_forbidden"
+    name = _place([part for part in first["loc"] if part not in ("body", "query")], unknown=unknown)
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not valid JSON", code="invalid_json")
-    if first["type"] == "extra_forbidden":
+    if unknown:
         return ApiError(400, f"{name}: this field is not known here", param=name)
-    message = first["msg"][:300]
-    return ApiError(400, f"{name or 'body'}: {message}", param=name or None)
+    return ApiError(400, f"{name or 'body'}: {first['msg'][:300]}", param=name or None)
+
+
+_FORM = re.compile(r"str|int|float|bool|[A-Z]\w*|.*\[.*", re.DOTALL)
+"""What pydantic calls the forms of a field in an error's place; no field has such a name."""
+
+
+def _place(path: Sequence[int | str], *, unknown: bool) -> str:
+    """`messages[2].content`. `unknown`: the path ends in a name of the client's own."""
+    place = ""
+    for number, part in enumerate(path[:8]):
+        if isinstance(part, int):
+            place += f"[{part}]"
+        elif (unknown and number == len(path) - 1) or not _FORM.fullmatch(part):
+            place += f".{part[:100]}" if place else part[:100]
+    return place

@@ -7,13 +7,14 @@ import logging
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import uvicorn
 
+from latentcore.engine import structured
 from latentcore.engine.async_engine import AsyncEngine
 from latentcore.errors import UserError
 from latentcore.server.app import ServerOptions, create_app
@@ -71,7 +72,18 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, but a signal ends in a clean exit and not in the signal's own death."""
+    """uvicorn, but a signal ends in a clean exit and not in the signal's own death.
+
+    After a second Ctrl-C (`hurried`) nobody is waited for; a third ends everything as it stands.
+    """
+
+    hurried = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit and sig == signal.SIGINT and not self.hurried:
+            self.hurried = True
+        else:
+            super().handle_exit(sig, frame)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -99,23 +111,21 @@ def serve(
         access_log=False,
         lifespan="off",
         server_header=False,
-        timeout_graceful_shutdown=max(1, round(drain_timeout)),
+        # Behind `_drain`, for clients that do not read what they are told.
+        timeout_graceful_shutdown=round(drain_timeout) + 5,
         timeout_keep_alive=30,
         h11_max_incomplete_event_size=64 << 10,
     )
     server = _Server(config)
 
-    grammars = engine.preparer.grammars
-    if grammars is not None:
-        # Beside the requests, which need not wait; not a daemon, which would be cut off in C++.
-        threading.Thread(target=grammars.warm, name="latentcore-grammars-warm").start()
-
     async def main() -> None:
-        watching = asyncio.ensure_future(_watch(engine, server))
+        beside = (_end_with_engine(engine, server), _drain(engine, server, drain_timeout))
+        tasks = [asyncio.ensure_future(one) for one in beside]
         try:
             await server.serve(sockets=[listener])
         finally:
-            watching.cancel()
+            for task in tasks:
+                task.cancel()
 
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
@@ -129,10 +139,24 @@ def serve(
     return EXIT_ENGINE_DEAD if died else 0
 
 
-async def _watch(engine: AsyncEngine, server: uvicorn.Server) -> None:
+async def _end_with_engine(engine: AsyncEngine, server: uvicorn.Server) -> None:
     """Ends the server soon after the engine has died."""
     while engine.dead is None:
         await asyncio.sleep(0.2)
     # Long enough for /ready to be seen and for clients to be told.
     await asyncio.sleep(0.5)
     server.should_exit = True
+
+
+async def _drain(engine: AsyncEngine, server: _Server, timeout: float) -> None:
+    """Once the server is to end, lets requests finish; those that take too long are told so."""
+    while not server.should_exit:
+        await asyncio.sleep(0.05)
+    draining = asyncio.ensure_future(engine.drain(timeout))
+    while not draining.done() and not server.hurried:
+        await asyncio.sleep(0.05)
+    draining.cancel()
+    left = engine.end_unfinished()
+    await asyncio.to_thread(structured.close)
+    if left:
+        logger.warning("%d requests did not finish before the end", left)

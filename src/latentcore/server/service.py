@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from latentcore.engine.async_engine import AsyncEngine, OutputStream
+from latentcore.engine.async_engine import AsyncEngine, EngineClosedError, OutputStream
 from latentcore.engine.chat import ChatTemplate
 from latentcore.engine.outputs import CompletionOutput, LogprobsAtPosition, RequestOutput
 from latentcore.engine.request import PreparedRequest, Prompt
@@ -172,12 +172,12 @@ class Service:
                 request.add_generation_prompt,
                 request.chat_template_kwargs,
             )
-            token_ids = tokenizer.encode(_unicode(text), add_begin=False)
+            add_begin = False
         else:
             assert request.prompt is not None
-            token_ids = tokenizer.encode(
-                _unicode(request.prompt), add_begin=request.add_special_tokens
-            )
+            text, add_begin = request.prompt, request.add_special_tokens
+        self.engine.preparer.refuse_endless(_unicode(text))
+        token_ids = tokenizer.encode(text, add_begin=add_begin)
         found: Json = {
             "tokens": token_ids,
             "count": len(token_ids),
@@ -273,7 +273,10 @@ class Service:
             text += self._tool_format.begin + self._tool_format.call_begin
             several = choice == "required" and request.parallel_tool_calls is not False
             compile_grammar = self._tool_grammar(tools, choice, several=several)
-        elif structured is not None:
+        elif tools and request.parallel_tool_calls is False:
+            assert self._tool_format is not None
+            params = params.replace(stop=(*params.stop_strings, self._tool_format.call_end))
+        if structured is not None and not forced:
             compile_grammar = functools.partial(self._grammars().compile, structured)
             if inside:
                 grammar_after = self._tokenizer().token_id(THINK_END)
@@ -321,7 +324,12 @@ class Service:
         )
 
     async def _compiled(self, work: Callable[[], CompiledGrammar]) -> CompiledGrammar:
-        return await asyncio.get_running_loop().run_in_executor(self._compilers, work)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._compilers, work)
+        except RequestError:
+            if not self.engine.accepting:
+                raise EngineClosedError("the engine is shutting down") from None
+            raise
 
     def _grammars(self) -> GrammarCompiler:
         grammars = self.engine.preparer.grammars
