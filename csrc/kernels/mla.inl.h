@@ -155,23 +155,58 @@ struct KvTile {
   int64_t key_dim;    // multiple of 32
   int64_t value_dim;  // columns; panels cover round_up(value_dim, 16)
 
-  static int64_t key_bytes(int64_t key_dim) { return kTileTokens * key_dim * 2; }
-  static int64_t value_bytes(int64_t value_dim) {
-    return round_up(value_dim, 16) * kTileTokens * 2 + 64 * (value_dim / 16 + 1);
-  }
-  int64_t value_stride() const { return kTileTokens * 32 + 64; }  // off the power of two
+  // Bytes of so many panels.
+  static int64_t key_bytes(int64_t key_dim, int64_t panels) { return panels * key_dim * 32; }
+  static int64_t value_bytes(int64_t panels) { return panels * value_stride(); }
+  static int64_t value_stride() { return kTileTokens * 32 + 64; }  // off the power of two
 
-  void pack(const bf16* const* key_rows, const bf16* const* value_rows, int64_t tokens) const {
-    const int64_t kstride = key_dim * 32;
-    for (int64_t g = 0; g * 16 < tokens; ++g)
+  int64_t key_stride() const { return key_dim * 32; }
+
+  // Panels [g0, g1) of 16 tokens of keys, to `keys` on.
+  void pack_keys(const bf16* const* rows, int64_t g0, int64_t g1) const {
+    for (int64_t g = g0; g < g1; ++g)
       for (int64_t k = 0; k < key_dim / 32; ++k)
-        transpose_block(reinterpret_cast<const uint8_t* const*>(key_rows + g * 16), static_cast<size_t>(k) * 64,
-                        keys + g * kstride + k * 1024);
+        transpose_block(reinterpret_cast<const uint8_t* const*>(rows + g * 16), static_cast<size_t>(k) * 64,
+                        keys + (g - g0) * key_stride() + k * 1024);
+  }
+  // Panels [c0, c1) of 16 columns of the values of `tokens` tokens, to `values` on.
+  void pack_values(const bf16* const* rows, int64_t tokens, int64_t c0, int64_t c1) const {
     const int64_t pairs = round_up(tokens, 32) / 2;
     for (int64_t t = 0; t < pairs; ++t)
-      for (int64_t c = 0; c < value_dim; c += 16)
-        interleave_rows(value_rows[2 * t] + c, value_rows[2 * t + 1] + c,
-                        values + c / 16 * value_stride() + t * 64);
+      for (int64_t c = c0; c < c1; ++c)
+        interleave_rows(rows[2 * t] + c * 16, rows[2 * t + 1] + c * 16,
+                        values + (c - c0) * value_stride() + t * 64);
+  }
+};
+
+// What attend_tile multiplies: a tile that lies packed as a whole, for many blocks of query rows.
+struct WholeTile {
+  KvTile kv;
+  int64_t key_panels() const { return kTileTokens / 16; }  // how many it has ready at a time
+  int64_t value_panels() const { return ceil_div(kv.value_dim, 16); }
+  const uint8_t* keys(int64_t, int64_t) const { return kv.keys; }
+  const uint8_t* values(int64_t, int64_t) const { return kv.values; }
+};
+// A tile that is attended once: a few panels are packed, used, and packed over, so that they never leave the
+// first-level cache. (AMX has them all at once: it packs what it multiplies by as well.)
+template <class Isa>
+struct PassingTile {
+  KvTile kv;
+  const bf16* const* rows;
+  int64_t tokens;
+  static int64_t key_panels() { return Isa::kTiles ? kTileTokens / 16 : 1; }
+  static int64_t value_panels(int64_t value_dim) { return Isa::kTiles ? ceil_div(value_dim, 16) : 2; }
+  int64_t value_panels() const { return value_panels(kv.value_dim); }
+  const uint8_t* keys(int64_t p0, int64_t p1) const {
+    // The rows behind, while these are packed and multiplied.
+    for (int64_t j = p1 * 16; j < tmin(tokens, (2 * p1 - p0) * 16); ++j)
+      for (int64_t k = 0; k < kv.key_dim; k += 32) vprefetch_l2(rows[j] + k);
+    kv.pack_keys(rows, p0, p1);
+    return kv.keys;
+  }
+  const uint8_t* values(int64_t p0, int64_t p1) const {
+    kv.pack_values(rows, tokens, p0, p1);
+    return kv.values;
   }
 };
 
@@ -192,16 +227,21 @@ AttendScratch attend_scratch(uint8_t* mem, int64_t rows) {
 }
 
 // One tile: scores, online softmax, weighted values. Row i sees the first visible(i) tokens.
-template <class Isa, class Visible>
-void attend_tile(const Act& q, int64_t rows, const KvTile& kv, int64_t tokens, float scale, const Visible& visible,
+template <class Isa, class Tile, class Visible>
+void attend_tile(const Act& q, int64_t rows, const Tile& tile, int64_t tokens, float scale, const Visible& visible,
                  const AttendScratch& mem, const AttendState& st) {
-  const Panels keys{Format::BF16, kv.keys, kv.key_dim * 32, kv.key_dim / 2, nullptr};
+  const KvTile& kv = tile.kv;
+  int64_t at = 0;  // the first of the panels that are multiplied
   auto to_scores = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
     for (int i = 0; i < m; ++i)
       for (int j = 0; j < np; ++j)
-        vstore(mem.scores + (m0 + i) * kTileTokens + (panel + j) * 16, vload(c + i * kTileCols + j * 16));
+        vstore(mem.scores + (m0 + i) * kTileTokens + (at + panel + j) * 16, vload(c + i * kTileCols + j * 16));
   };
-  gemm<Isa>(keys, 0, ceil_div(tokens, 16), q, rows, sink_of(to_scores));
+  for (const int64_t end = ceil_div(tokens, 16); at < end; at += tile.key_panels()) {
+    const int64_t n = tmin(tile.key_panels(), end - at);
+    const Panels keys{Format::BF16, tile.keys(at, at + n), kv.key_stride(), kv.key_dim / 2, nullptr};
+    gemm<Isa>(keys, 0, n, keys.base, q, rows, 1, sink_of(to_scores));
+  }
 
   const Act probs = act_at<Isa>(Format::BF16, mem.probs, rows, kTileTokens);
   const int64_t width = round_up(tokens, 32);
@@ -244,16 +284,20 @@ void attend_tile(const Act& q, int64_t rows, const KvTile& kv, int64_t tokens, f
     mem.alpha[i] = alpha;
   }
 
-  const Panels values{Format::BF16, kv.values, kv.value_stride(), width / 2, nullptr};
   auto add = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
     for (int i = 0; i < m; ++i) {
       const vf alpha = vset1(mem.alpha[m0 + i]);
-      float* to = st.out + (m0 + i) * st.width + panel * 16;
+      float* to = st.out + (m0 + i) * st.width + (at + panel) * 16;
       for (int j = 0; j < np; ++j)
         vstore(to + j * 16, vfma(vload(to + j * 16), alpha, vload(c + i * kTileCols + j * 16)));
     }
   };
-  gemm<Isa>(values, 0, ceil_div(kv.value_dim, 16), probs, rows, sink_of(add));
+  at = 0;
+  for (const int64_t end = ceil_div(kv.value_dim, 16); at < end; at += tile.value_panels()) {
+    const int64_t n = tmin(tile.value_panels(), end - at);
+    const Panels values{Format::BF16, tile.values(at, at + n), kv.value_stride(), width / 2, nullptr};
+    gemm<Isa>(values, 0, n, values.base, probs, rows, 1, sink_of(add));
+  }
 }
 
 // acc <- acc merged with part, both unnormalized. The order of merges is that of the context.
@@ -323,12 +367,17 @@ struct MlaDecodePlan {
   int64_t width;  // latent, in whole panels
   int64_t q_bytes, scratch_bytes, act_bytes;
   bf16* zeros;  // a row a thread
-  uint8_t *q, *keys, *values, *scratch;
+  uint8_t *q, *keys, *scratch;  // a thread's; values stand behind the keys
   float *part, *split, *acc;  // a thread's states: max, sum, out of `group` rows
   int64_t state_floats;
   float* stored;             // [spans, heads, width + 16] (sum, max behind the values)
   uint8_t* latent_act;       // [heads] prepared activations [n, latent]
 
+  // With what register tiles fetch behind them, so that no thread fetches what another one writes.
+  static int64_t tile_bytes(int64_t dim, int64_t width) {
+    using Tile = PassingTile<Isa>;
+    return KvTile::key_bytes(dim, Tile::key_panels()) + KvTile::value_bytes(Tile::value_panels(width)) + 8192;
+  }
   static int64_t state_size(int64_t rows, int64_t width) { return 2 * round_up(rows, 16) + rows * width; }
   MlaDecodePlan(Bump& b, const MlaDecodeArgs& a, int nt) {
     group = tmin(a.shape.heads, kMaxGroup);
@@ -338,8 +387,7 @@ struct MlaDecodePlan {
     act_bytes = act_size<Isa>(a.w_vc.layout.format, a.n, a.shape.latent);
     zeros = b.take<bf16>(nt * a.cache.dim);
     q = b.take<uint8_t>(nt * q_bytes);
-    keys = b.take<uint8_t>(nt * round_up(KvTile::key_bytes(a.cache.dim), 64));
-    values = b.take<uint8_t>(nt * round_up(KvTile::value_bytes(width), 64));
+    keys = b.take<uint8_t>(nt * tile_bytes(a.cache.dim, width));
     scratch = b.take<uint8_t>(nt * scratch_bytes);
     state_floats = round_up(state_size(group, width), 16);
     part = b.take<float>(nt * state_floats);
@@ -380,8 +428,8 @@ void mla_decode(const Ctx& ctx, const void* p) {
   bf16* zeros = plan.zeros + ctx.tid * dim;
   std::memset(zeros, 0, 2 * static_cast<size_t>(dim));
 
-  const KvTile tile{plan.keys + ctx.tid * round_up(KvTile::key_bytes(dim), 64),
-                    plan.values + ctx.tid * round_up(KvTile::value_bytes(plan.width), 64), dim, plan.width};
+  uint8_t* const keys = plan.keys + ctx.tid * plan.tile_bytes(dim, plan.width);
+  const KvTile tile{keys, keys + KvTile::key_bytes(dim, PassingTile<Isa>::key_panels()), dim, plan.width};
   const Act q = act_at<Isa>(Format::BF16, plan.q + ctx.tid * plan.q_bytes, plan.group, dim);
   const AttendScratch mem = attend_scratch<Isa>(plan.scratch + ctx.tid * plan.scratch_bytes, plan.group);
   const AttendState part = plan.state(plan.part, ctx.tid), split = plan.state(plan.split, ctx.tid),
@@ -403,8 +451,8 @@ void mla_decode(const Ctx& ctx, const void* p) {
       const bf16* rows_at[kTileTokens];
       for (int64_t j = 0; j < kTileTokens; ++j)
         rows_at[j] = j < tokens ? cache_row(a.cache, a.places, seq, t + j) : zeros;
-      tile.pack(rows_at, rows_at, tokens);
-      attend_tile<Isa>(q, rows, tile, tokens, a.scale, [&](int64_t) { return tokens; }, mem, part);
+      const PassingTile<Isa> passing{tile, rows_at, tokens};
+      attend_tile<Isa>(q, rows, passing, tokens, a.scale, [&](int64_t) { return tokens; }, mem, part);
     };
     const auto attend_split = [&](int64_t t0) {
       attend_reset(split, rows);
@@ -513,8 +561,8 @@ struct MlaPrefillPlan {
     latents = b.take<uint8_t>(
         act_size<Isa>(a.kv_b.layout.format, round_up(a.max_context, kTileTokens), a.shape.latent));
     q = b.take<uint8_t>(nt * q_bytes);
-    keys = b.take<uint8_t>(nt * round_up(KvTile::key_bytes(key_dim), 64));
-    values = b.take<uint8_t>(nt * round_up(KvTile::value_bytes(v_pad), 64));
+    keys = b.take<uint8_t>(nt * KvTile::key_bytes(key_dim, kTileTokens / 16));
+    values = b.take<uint8_t>(nt * KvTile::value_bytes(v_pad / 16));
     scratch = b.take<uint8_t>(nt * scratch_bytes);
     kt = b.take<bf16>(nt * kt_bytes / 2);
     vt = b.take<bf16>(nt * vt_bytes / 2);
@@ -532,9 +580,8 @@ void mla_prefill(const Ctx& ctx, const void* p) {
   const int64_t dim = sh.nope + sh.rope, per_head = sh.nope + sh.v;
   const Panels w = panels_of(a.kv_b, 0);
 
-  const KvTile tile{plan.keys + ctx.tid * round_up(KvTile::key_bytes(plan.key_dim), 64),
-                    plan.values + ctx.tid * round_up(KvTile::value_bytes(plan.v_pad), 64), plan.key_dim,
-                    plan.v_pad};
+  const KvTile tile{plan.keys + ctx.tid * KvTile::key_bytes(plan.key_dim, kTileTokens / 16),
+                    plan.values + ctx.tid * KvTile::value_bytes(plan.v_pad / 16), plan.key_dim, plan.v_pad};
   const Act q = act_at<Isa>(Format::BF16, plan.q + ctx.tid * plan.q_bytes, plan.rows, plan.key_dim);
   const AttendScratch mem = attend_scratch<Isa>(plan.scratch + ctx.tid * plan.scratch_bytes, kQueryRows);
   bf16* kt = plan.kt + ctx.tid * plan.kt_bytes / 2;
@@ -604,14 +651,15 @@ void mla_prefill(const Ctx& ctx, const void* p) {
             std::memset(vt + j * plan.v_pad, 0, 2 * static_cast<size_t>(plan.v_pad));
           }
         }
-        tile.pack(key_rows, value_rows, tokens);
+        tile.pack_keys(key_rows, 0, ceil_div(tokens, 16));
+        tile.pack_values(value_rows, tokens, 0, plan.v_pad / 16);
         for (int64_t i = 0; i < rows; i += kQueryRows) {
           const int64_t n = tmin(kQueryRows, rows - i);
           const int64_t pos = pos0 + r0 + i;
           if (pos + n - 1 < t) continue;  // all of it lies in the future
           const AttendState at{st.max + i, st.sum + i, st.out + i * plan.v_pad, plan.v_pad};
           attend_tile<Isa>(
-              q.from(i), n, tile, tokens, a.scale, [&](int64_t r) { return pos + r + 1 - t; }, mem, at);
+              q.from(i), n, WholeTile{tile}, tokens, a.scale, [&](int64_t r) { return pos + r + 1 - t; }, mem, at);
         }
       }
       for (int64_t i = 0; i < rows; ++i) {
