@@ -85,7 +85,8 @@ def test_an_end_while_grammars_are_being_compiled(tiny_model: Path, tmp_path: Pa
     """The process that compiles, even one that is just starting, does not hold the server up."""
     options = ("--drain-timeout", "0")
     with serving(tiny_model, *options, cache=tmp_path) as server, server.http() as http:
-        children: list[psutil.Process] = []
+        children = psutil.Process(server.process.pid).children()
+        assert not children, "started before anybody asks for a grammar"
         body = {"prompt": "x", "structured_outputs": {"regex": "a+"}}
         asking = threading.Thread(target=lambda: http.post(TEXT, json=body))
         asking.start()

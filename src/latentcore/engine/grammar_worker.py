@@ -50,7 +50,8 @@ class GrammarWorker:
 
     def start(self) -> None:
         """Starts the process if there is none, and does not wait until it is ready."""
-        with self._lock:
+        # Where it cannot be started, `compile` says so.
+        with self._lock, contextlib.suppress(OSError):
             self._started()
 
     def compile(self, tokenizer: int, tokenizer_info: str, request: Frame) -> str:
