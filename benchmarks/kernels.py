@@ -14,12 +14,16 @@ from typing import Any
 
 
 def table(found: dict[str, Any]) -> str:
-    """Shares by op and rows, one column a scheme and tier."""
+    """Shares by op, shape and rows, one column a scheme and tier."""
     columns = list(dict.fromkeys((r["scheme"], r["tier"]) for r in found["results"]))
-    shares = {(r["op"], r["rows"], r["scheme"], r["tier"]): r["share"] for r in found["results"]}
+    cells: dict[tuple[str, str, int], dict[tuple[str, str], str]] = {}
+    for r in found["results"]:
+        row = cells.setdefault((r["op"], r["shape"], r["rows"]), {})
+        row[r["scheme"], r["tier"]] = f"{r['share']:.2f}"
     lines = [["op", "rows", *(" ".join(c) for c in columns)], ["---"] * (len(columns) + 2)]
-    for op, rows in dict.fromkeys((r["op"], r["rows"]) for r in found["results"]):
-        lines.append([op, str(rows), *(f"{shares[op, rows, *c]:.2f}" for c in columns)])
+    for (op, shape, rows), shares in cells.items():
+        name = f"{op}, {shape}" if shape else op
+        lines.append([name, str(rows), *(shares.get(c, "") for c in columns)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from checkpoints import random_tensors, tensor_list, tiny_config, write_checkpoint
 
-from latentcore.bench.kernels import CASES, bench_kernels
+from latentcore.bench import kernels
+from latentcore.bench.kernels import bench_kernels
 from latentcore.bench.machine import Ceilings, Disturbance, watched
 from latentcore.bench.model import DecodeCase, PrefillCase, bench_model, engine_config
 from latentcore.cli.app import main
@@ -18,6 +19,7 @@ from latentcore.models.runner import ModelRunner
 from latentcore.ops import runtime
 from latentcore.quant.packed import Format
 from latentcore.quant.schemes import SCHEMES
+from tests.ops.schemas import TENSOR_OPS
 
 CONFIG = tiny_config(max_position_embeddings=512)
 
@@ -135,22 +137,46 @@ def test_what_the_model_cannot_hold_is_said_first(
     runner.close()
 
 
+def test_every_op_is_measured_or_has_a_reason_not_to_be() -> None:
+    measured = {op for op, _ in (*kernels.COMMON_OPS, *kernels.SCHEME_OPS)}
+    assert measured.isdisjoint(kernels.NOT_MEASURED)
+    assert measured | set(kernels.NOT_MEASURED) == set(TENSOR_OPS)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_kernels(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
-    monkeypatch.setattr("latentcore.bench.kernels.DECODE_ROWS", (1, 3))
-    monkeypatch.setattr("latentcore.bench.kernels.PREFILL_ROWS", (70,))
-    monkeypatch.setattr("latentcore.bench.kernels.CONTEXT", 100)
-    monkeypatch.setattr("latentcore.bench.kernels._LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(kernels, "DECODE_ROWS", (1, 3))
+    monkeypatch.setattr(kernels, "PREFILL_ROWS", (70,))
+    monkeypatch.setattr(kernels, "CONTEXT", 100)
+    monkeypatch.setattr(kernels, "LONG_CONTEXT", 300)
+    monkeypatch.setattr(kernels, "_MOST_COPIES", 3)
+    monkeypatch.setattr(kernels, "_LEAST_SECONDS", 0.0)
+    notes: list[tuple[int, int]] = []
     runtime.set_threads(2)
     try:
-        found = bench_kernels(ModelConfig.from_dict(CONFIG), [scheme], ["avx2"], 2, lambda *_: None)
+        found = bench_kernels(
+            ModelConfig.from_dict(CONFIG),
+            [scheme],
+            ["avx2"],
+            2,
+            lambda what, done, total: notes.append((done, total)),
+        )
     finally:
         runtime.set_threads(1)
-    rows = {(r.op, r.rows) for r in found.results}
-    assert len(rows) == len(found.results) == 2 * 7 + 1 * 6
-    assert CASES == 3 * 7 + 2 * 6
-    assert all(r.scheme == scheme and r.tier == "avx2" and r.share > 0 for r in found.results)
-    assert all(r.bytes_per_second > 0 < r.operations_per_second for r in found.results)
+    results = found.results
+    for ops, name in ((kernels.COMMON_OPS, kernels.ANY_SCHEME), (kernels.SCHEME_OPS, scheme)):
+        assert {r.op for r in results if r.scheme == name} == {op for op, _ in ops}
+    cases = {(r.op, r.rows, r.shape) for r in results}
+    assert len(cases) == len(results)
+    assert ("moe", 70, "") in cases
+    assert ("mla_decode_attention", 1, "context 300, 128 heads") in cases
+    assert all(done < total for done, total in notes), "progress never runs over"
+    for r in results:
+        assert r.tier == "avx2"
+        assert r.share > 0 < r.bytes_per_second
+        assert 0 < r.seconds.low <= r.seconds.median <= r.seconds.high
+    multiplying = [r for r in results if r.scheme == scheme]
+    assert all(r.operations_per_second > 0 for r in multiplying)
 
 
 def test_command_on_a_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,13 +2,14 @@
 
 Ops run on random weights of a model's shapes. Each is given so many copies of its weights that
 together they are twice the last-level caches, and is timed over all copies in turn, in one replayed
-graph where it can be captured. Experts are drawn at random and counted.
+graph where it can be captured. Experts are drawn at random and counted. Ops without weights are
+measured once a tier, and count the activations that they read and write; the others leave them out.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, Literal, TypeVar
 
 import torch
 
@@ -26,7 +27,7 @@ from latentcore.config import ModelConfig, rope_table
 from latentcore.errors import ConfigError
 from latentcore.layers.step import latent_row
 from latentcore.models.cost import Cost
-from latentcore.ops import dense, mla, moe, runtime
+from latentcore.ops import dense, mla, moe, runtime, sampling
 from latentcore.quant.packed import Format, PackedWeight
 from latentcore.quant.scheme import QuantScheme
 from latentcore.quant.schemes import SCHEMES
@@ -40,8 +41,11 @@ PREFILL_ROWS = (512, 2048)
 CONTEXT = 2048
 """Tokens that each sequence holds when decode attention is measured."""
 
-CASES = len(DECODE_ROWS) * 7 + len(PREFILL_ROWS) * 6
-"""Ops measured for a scheme in a tier, each at every number of rows."""
+LONG_CONTEXT, LONG_HEADS = 32768, 128
+"""Decode attention of one row over a long context, with V3's heads."""
+
+ANY_SCHEME = "any"
+"""In place of a scheme's name: the op has no weights, or always bf16 ones."""
 
 T = TypeVar("T")
 
@@ -50,16 +54,22 @@ _EXPERT_SETS = 8
 _MOST_COPIES = 1024
 _WARM_UP = 1
 _LEAST_SECONDS = 0.02
+_LINE = 64
 
 
 @dataclass(frozen=True)
 class KernelResult:
-    """One op: seconds a call, and its roofline share."""
+    """One op: seconds a call, and its roofline share.
+
+    scheme  ANY_SCHEME where it makes no difference
+    shape   what else tells cases of one op apart, such as the tokens of a context; may be empty
+    """
 
     op: str
     scheme: str
     tier: str
     rows: int
+    shape: str
     seconds: Spread
     bytes_per_second: float
     operations_per_second: float
@@ -82,11 +92,27 @@ class KernelsResult:
 class _Case:
     """An op at a number of rows. `calls` compute the same on different weights or inputs."""
 
-    op: str
     rows: int
     calls: Sequence[Callable[[], None]]
     cost: Cost
     captured: bool = True
+    shape: str = ""
+
+
+@dataclass(frozen=True)
+class _Plan(Generic[T]):
+    """How to make an op's case for a number of rows, and for which numbers."""
+
+    make: Callable[[T, int], _Case]
+    rows: Literal["decode", "prefill", "all", "one"]
+
+    def numbers(self) -> Sequence[int]:
+        return {
+            "decode": DECODE_ROWS,
+            "prefill": PREFILL_ROWS,
+            "all": DECODE_ROWS + PREFILL_ROWS,
+            "one": (1,),
+        }[self.rows]
 
 
 def bench_kernels(
@@ -109,23 +135,31 @@ def bench_kernels(
             pass
     results: list[KernelResult] = []
     ceilings: dict[str, Ceilings] = {}
+
+    def measure(name: str, ops: T, plans: Sequence[tuple[str, _Plan[T]]]) -> None:
+        wanted = [(op, plan, rows) for op, plan in plans for rows in plan.numbers()]
+        for tier in tiers:
+            with runtime.forced_tier(tier):
+                for done, (op, plan, rows) in enumerate(wanted):
+                    note(f"{name}, {tier}", done, len(wanted))
+                    case = plan.make(ops, rows)
+                    results.append(_measure(op, case, name, tier, ceilings[tier], repeats))
+
     with watched() as disturbance:
         for tier in tiers:
             with runtime.forced_tier(tier):
                 note(f"read bandwidth and arithmetic peaks, {tier}", 0, 1)
                 ceilings[tier] = measure_ceilings(Format)
+        measure(ANY_SCHEME, _CommonOps(config), COMMON_OPS)
         for name in schemes:
             note(f"{name}: packing weights", 0, 1)
-            ops = _Ops(config, SCHEMES[name])
-            for tier in tiers:
-                with runtime.forced_tier(tier):
-                    for done, case in enumerate(ops.cases()):
-                        note(f"{name}, {tier}", done, CASES)
-                        results.append(_measure(case, name, tier, ceilings[tier], repeats))
+            measure(name, _SchemeOps(config, SCHEMES[name]), SCHEME_OPS)
     return KernelsResult(describe_machine(), ceilings, disturbance, repeats, tuple(results))
 
 
-def _measure(case: _Case, scheme: str, tier: str, ceilings: Ceilings, repeats: int) -> KernelResult:
+def _measure(
+    op: str, case: _Case, scheme: str, tier: str, ceilings: Ceilings, repeats: int
+) -> KernelResult:
     def all_calls() -> None:
         for call in case.calls:
             call()
@@ -149,10 +183,11 @@ def _measure(case: _Case, scheme: str, tier: str, ceilings: Ceilings, repeats: i
     seconds = Spread.of([t / count for t in times])
     least = ceilings.least_seconds(case.cost)
     return KernelResult(
-        op=case.op,
+        op=op,
         scheme=scheme,
         tier=tier,
         rows=case.rows,
+        shape=case.shape,
         seconds=seconds,
         bytes_per_second=case.cost.nbytes / seconds.median,
         operations_per_second=sum(case.cost.operations.values()) / seconds.median,
@@ -162,38 +197,15 @@ def _measure(case: _Case, scheme: str, tier: str, ceilings: Ceilings, repeats: i
 
 
 class _Ops:
-    """The ops of one scheme, with their weights and buffers."""
+    """A model's shapes, and what exceeds the caches."""
 
-    def __init__(self, config: ModelConfig, scheme: QuantScheme) -> None:
-        self.config = c = config
-        self.scheme = scheme
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
         self.spill = 2 * runtime.last_level_cache()
-        h, heads, rank = c.hidden_size, c.num_attention_heads, c.kv_lora_rank
-        assert c.q_lora_rank is not None
-        self.q_a = self.linear(c.q_lora_rank, h)
-        self.q_b = self.linear(heads * c.qk_head_dim, c.q_lora_rank)
-        self.kv_a = self.linear(c.latent_dim, h)
-        self.kv_b = self.linear(heads * (c.qk_nope_head_dim + c.v_head_dim), rank)
-        self.heads = self.head_halves()
-        self.o = self.linear(h, heads * c.v_head_dim)
-        self.dense = self.mlp(1, c.intermediate_size)
-        self.experts = self.mlp(c.n_routed_experts, c.moe_intermediate_size)[0]
-        shared = max(1, c.n_shared_experts) * c.moe_intermediate_size
-        self.shared = self.mlp(1, shared)
-        self.router = self.plain(c.n_routed_experts, h)
-        self.lm_head = self.plain(c.vocab_size, h)
-
-    # Weights: lists of copies that exceed the caches together
 
     def copies(self, nbytes: int) -> int:
-        """How many copies of so many bytes it takes."""
+        """How many copies of so many bytes exceed the caches together."""
         return min(max(1, -(-self.spill // nbytes)), _MOST_COPIES)
-
-    def linear(self, rows: int, cols: int) -> list[PackedWeight]:
-        return self.packed(self.scheme, 1, 1, rows, cols)
-
-    def plain(self, rows: int, cols: int) -> list[PackedWeight]:
-        return self.packed(SCHEMES["bf16"], 1, 1, rows, cols)
 
     def packed(
         self, scheme: QuantScheme, batch: int, parts: int, rows: int, cols: int
@@ -212,120 +224,279 @@ class _Ops:
                     scheme.pack(weight, item, part, stored)
         return weights
 
-    def mlp(self, batch: int, width: int) -> list[tuple[PackedWeight, PackedWeight]]:
-        h = self.config.hidden_size
-        gate_up = self.packed(self.scheme, batch, 2, width, h)
-        down = self.packed(self.scheme, batch, 1, h, width)
-        return list(zip(gate_up, down, strict=False))
-
-    def head_halves(self) -> list[tuple[PackedWeight, PackedWeight]]:
-        c = self.config
-        heads, nope, v, rank = (
-            c.num_attention_heads,
-            c.qk_nope_head_dim,
-            c.v_head_dim,
-            c.kv_lora_rank,
-        )
-        stored = self.scheme.quantize(_random(heads * (nope + v), rank))
-        fmt = self.scheme.kv_b_format
-        halves: list[tuple[PackedWeight, PackedWeight]] = []
-        while not halves or len(halves) < self.copies(halves[0][0].nbytes + halves[0][1].nbytes):
-            w_kc = PackedWeight.allocate(fmt, heads, 1, rank, nope)
-            w_vc = PackedWeight.allocate(fmt, heads, 1, v, rank)
-            self.scheme.pack_kv_b(w_kc, w_vc, stored, nope, v)
-            halves.append((w_kc, w_vc))
-        return halves
-
     def in_turn(self, weights: Sequence[T], n: int) -> Sequence[T]:
         """The copies to use for `n` rows: one where reading it is little beside the arithmetic."""
         return weights if n < PREFILL_ROWS[0] else weights[:1]
 
-    # Cases
 
-    def cases(self) -> Iterator[_Case]:
-        """Every op at every number of rows."""
-        for rows in DECODE_ROWS:
-            yield self.mla_input(rows, absorbed=True)
-            yield self.mla_decode(rows)
-            yield from self.matrices(rows)
-            yield self.logits(rows)
-        for rows in PREFILL_ROWS:
-            yield self.mla_input(rows, absorbed=False)
-            yield self.mla_prefill(rows)
-            yield from self.matrices(rows)
+class _CommonOps(_Ops):
+    """The ops that are the same in every scheme, with their weights and buffers."""
 
-    def matrices(self, n: int) -> Iterator[_Case]:
-        """The ops that decode and prefill share."""
-        c, h = self.config, self.config.hidden_size
-        x, out = _random(n, h), torch.empty((n, h), dtype=torch.bfloat16)
-        attended = _random(n, c.num_attention_heads * c.v_head_dim)
-        cost = Cost()
-        cost.multiply(self.o[0], n)
-        yield _Case(
-            "linear",
-            n,
-            [_call(dense.linear, attended, w, out) for w in self.in_turn(self.o, n)],
-            cost,
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        bf16, h = SCHEMES["bf16"], config.hidden_size
+        self.table = _random(config.vocab_size, h)
+        self.router = self.packed(bf16, 1, 1, config.n_routed_experts, h)
+        self.lm_head = self.packed(bf16, 1, 1, config.vocab_size, h)
+
+    # Before and between the layers
+
+    def load_step(self, n: int) -> _Case:
+        c, width = self.config, -(-(CONTEXT + 1) // _BLOCK)
+        blocks = n * width
+        given = (
+            torch.randint(0, c.vocab_size, (n,)).int(),
+            torch.full((n,), CONTEXT).int(),
+            torch.arange(n).int(),
+            torch.arange(blocks, dtype=torch.int32).view(n, width),
         )
-        cost = Cost()
-        for w in self.dense[0]:
-            cost.multiply(w, n)
-        yield _Case(
-            "mlp", n, [_call(dense.mlp, x, *w, out) for w in self.in_turn(self.dense, n)], cost
-        )
-        yield self.route(n, x)
-        yield self.moe(n, x, out)
+        limits = (c.vocab_size, blocks, _BLOCK, CONTEXT + 1)
+        to = [torch.empty_like(tensor) for tensor in given]
+        cost = Cost(2.0 * sum(tensor.nbytes for tensor in given))
+        calls = [_call(mla.load_step, *given, *limits, *to)]
+        return _Case(n, calls, cost, captured=False, shape=f"context {CONTEXT}")
 
-    def route(self, n: int, x: torch.Tensor) -> _Case:
-        r = self.config.router
+    def embedding(self, n: int) -> _Case:
+        vocab, h = self.table.shape
+        out = torch.empty((n, h), dtype=torch.bfloat16)
+        sets = [
+            torch.randint(0, vocab, (n,), dtype=torch.int32) for _ in range(self.copies(out.nbytes))
+        ]
+        calls = [_call(dense.embedding, self.table, ids, out) for ids in sets]
+        return _Case(n, calls, Cost(2.0 * out.nbytes))
+
+    def rms_norm(self, n: int) -> _Case:
+        h, weight = self.config.hidden_size, torch.rand(self.config.hidden_size)
+        sets = [_random(n, h) for _ in range(self.copies(4 * n * h))]
+        outs = [torch.empty_like(x) for x in sets]
+        calls = [
+            _call(dense.rms_norm, x, weight, 1e-6, out) for x, out in zip(sets, outs, strict=True)
+        ]
+        return _Case(n, calls, Cost(2.0 * outs[0].nbytes))
+
+    def add_rms_norm(self, n: int) -> _Case:
+        h, weight = self.config.hidden_size, torch.rand(self.config.hidden_size)
+        sets = [_random(n, h) for _ in range(self.copies(6 * n * h))]
+        # What is added tends to nothing, so that any number of calls leaves numbers finite.
+        deltas = [x * 2.0**-20 for x in sets]
+        outs = [torch.empty_like(x) for x in sets]
+        calls = [
+            _call(dense.add_rms_norm, x, delta, weight, 1e-6, out)
+            for x, delta, out in zip(sets, deltas, outs, strict=True)
+        ]
+        return _Case(n, calls, Cost(3.0 * outs[0].nbytes))
+
+    # Router and output head
+
+    def route_sigmoid(self, n: int) -> _Case:
+        return self.route(n, moe.route_sigmoid, torch.zeros(self.config.n_routed_experts))
+
+    def route_softmax(self, n: int) -> _Case:
+        return self.route(n, moe.route_softmax)
+
+    def route(self, n: int, op: Callable[..., None], *bias: torch.Tensor) -> _Case:
+        r, x = self.config.router, _random(n, self.config.hidden_size)
         ids = torch.empty((n, r.top_k), dtype=torch.int32)
         weights = torch.empty((n, r.top_k), dtype=torch.float32)
-        bias = torch.zeros(self.config.n_routed_experts)
         choice = (r.n_group, r.topk_group, r.top_k, r.norm_topk_prob, r.routed_scaling_factor)
         cost = Cost()
         cost.multiply(self.router[0], n)
-        calls = [
-            _call(moe.route_sigmoid, x, w, bias, *choice, ids, weights)
-            for w in self.in_turn(self.router, n)
-        ]
-        return _Case("route", n, calls, cost)
-
-    def moe(self, n: int, x: torch.Tensor, out: torch.Tensor) -> _Case:
-        c = self.config
-        count, k = c.n_routed_experts, c.num_experts_per_tok
-        sets = [
-            torch.stack([torch.randperm(count)[:k] for _ in range(n)]).int()
-            for _ in range(_EXPERT_SETS if n < count else 1)
-        ]
-        weights = torch.rand(n, k)
-        gate_up, down = self.experts
-        touched = sum(len(set(ids.flatten().tolist())) for ids in sets) / len(sets)
-        cost = Cost(touched * (gate_up.item_nbytes + down.item_nbytes))
-        per_row = 2 * gate_up.rows * gate_up.cols + down.rows * down.cols
-        cost.operations[gate_up.format] += 2.0 * n * k * per_row
-        for w in self.shared[0]:
-            cost.multiply(w, n)
-        calls = [
-            _call(
-                moe.moe_shared,
-                x,
-                ids,
-                weights,
-                gate_up,
-                down,
-                *self.shared[i % len(self.shared)],
-                out,
-            )
-            for i, ids in enumerate(sets)
-        ]
-        return _Case("moe_shared", n, calls, cost)
+        routers = self.in_turn(self.router, n)
+        return _Case(n, [_call(op, x, w, *bias, *choice, ids, weights) for w in routers], cost)
 
     def logits(self, n: int) -> _Case:
         x = _random(n, self.config.hidden_size)
         out = torch.empty((n, self.config.vocab_size))
         cost = Cost()
         cost.multiply(self.lm_head[0], n)
-        return _Case("logits", n, [_call(dense.logits, x, w, out) for w in self.lm_head], cost)
+        return _Case(n, [_call(dense.logits, x, w, out) for w in self.lm_head], cost)
+
+    # Sampling: of logits that come from memory
+
+    def rows_of_logits(self, n: int) -> list[torch.Tensor]:
+        """Copies of float logits [n, vocab] that exceed the caches together."""
+        vocab = self.config.vocab_size
+        return [torch.randn(n, vocab) for _ in range(self.copies(4 * n * vocab))]
+
+    def sampled(self, n: int, op: Callable[..., None], *arguments: object) -> _Case:
+        """An op that passes over all logits."""
+        sets = self.rows_of_logits(n)
+        cost = Cost(float(sets[0].nbytes))
+        return _Case(n, [_call(op, logits, *arguments) for logits in sets], cost, captured=False)
+
+    def greedy(self, n: int) -> _Case:
+        case = self.sampled(n, sampling.greedy, torch.empty(n, dtype=torch.int32))
+        return _Case(n, case.calls, case.cost)
+
+    def sample(self, n: int) -> _Case:
+        return self.sampled(
+            n,
+            sampling.sample,
+            torch.full((n,), 0.8),
+            torch.full((n,), 50).int(),
+            torch.full((n,), 0.95),
+            torch.full((n,), 0.02),
+            torch.arange(n),
+            torch.arange(n),
+            torch.empty(n, dtype=torch.int32),
+            torch.empty(n),
+        )
+
+    def logprobs(self, n: int) -> _Case:
+        top = min(5, self.config.vocab_size)
+        return self.sampled(
+            n,
+            sampling.logprobs,
+            torch.randint(0, self.config.vocab_size, (n, 1)).int(),
+            torch.empty(n, 1),
+            torch.empty(n, 1, dtype=torch.int32),
+            torch.empty(n, top, dtype=torch.int32),
+            torch.empty(n, top),
+        )
+
+    def restrict(self, n: int) -> _Case:
+        masks = torch.randint(-(2**31), 2**31, (n, -(-self.config.vocab_size // 32))).int()
+        return self.sampled(n, sampling.restrict, torch.arange(n).int(), masks)
+
+    def add_bias(self, n: int) -> _Case:
+        ids, offsets = self.some_ids(n, 64)
+        return self.touched(n, len(ids), sampling.add_bias, offsets, ids, torch.zeros(len(ids)))
+
+    def penalize(self, n: int) -> _Case:
+        ids, offsets = self.some_ids(n, CONTEXT)
+        # No repetition penalty: over and over it would lead to infinities.
+        penalties = (torch.ones(n), torch.full((n,), 0.01), torch.full((n,), 0.01))
+        return self.touched(n, len(ids), sampling.penalize, offsets, offsets[:-1], ids, *penalties)
+
+    def some_ids(self, n: int, each: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Random token ids, so many a row, and where each row's begin."""
+        ids = torch.randint(0, self.config.vocab_size, (n * each,)).int()
+        return ids, torch.arange(0, n * each + 1, each).int()
+
+    def touched(self, n: int, count: int, op: Callable[..., None], *arguments: object) -> _Case:
+        """An op that changes `count` logits: each costs its id and the line that it stands in."""
+        calls = [_call(op, logits, *arguments) for logits in self.rows_of_logits(n)]
+        lines = min(count * _LINE, 4 * n * self.config.vocab_size)
+        return _Case(n, calls, Cost(float(lines + 4 * count)), captured=False)
+
+
+class _SchemeOps(_Ops):
+    """The ops that multiply by one scheme's weights, with these and their buffers."""
+
+    def __init__(self, config: ModelConfig, scheme: QuantScheme) -> None:
+        super().__init__(config)
+        self.scheme = scheme
+        c, h, heads, rank = (
+            config,
+            config.hidden_size,
+            config.num_attention_heads,
+            config.kv_lora_rank,
+        )
+        assert c.q_lora_rank is not None
+        self.q_a = self.linear_weights(c.q_lora_rank, h)
+        self.q_b = self.linear_weights(heads * c.qk_head_dim, c.q_lora_rank)
+        self.q_proj = self.linear_weights(heads * c.qk_head_dim, h)
+        self.kv_a = self.linear_weights(c.latent_dim, h)
+        self.kv_b = self.linear_weights(heads * (c.qk_nope_head_dim + c.v_head_dim), rank)
+        self.halves = self.head_halves(heads)
+        self.long_w_vc = self.head_halves(LONG_HEADS, copies=1)[0][1]
+        self.o = self.linear_weights(h, heads * c.v_head_dim)
+        self.dense = self.mlp_weights(1, c.intermediate_size)
+        self.experts = self.mlp_weights(c.n_routed_experts, c.moe_intermediate_size)[0]
+        shared = max(1, c.n_shared_experts) * c.moe_intermediate_size
+        self.shared = self.mlp_weights(1, shared)
+
+    def linear_weights(self, rows: int, cols: int) -> list[PackedWeight]:
+        return self.packed(self.scheme, 1, 1, rows, cols)
+
+    def mlp_weights(self, batch: int, width: int) -> list[tuple[PackedWeight, PackedWeight]]:
+        h = self.config.hidden_size
+        gate_up = self.packed(self.scheme, batch, 2, width, h)
+        down = self.packed(self.scheme, batch, 1, h, width)
+        return list(zip(gate_up, down, strict=False))
+
+    def head_halves(
+        self, heads: int, copies: int | None = None
+    ) -> list[tuple[PackedWeight, PackedWeight]]:
+        """w_kc and w_vc: so many copies, or as many as exceed the caches."""
+        c = self.config
+        nope, v, rank = c.qk_nope_head_dim, c.v_head_dim, c.kv_lora_rank
+        stored = self.scheme.quantize(_random(heads * (nope + v), rank))
+        fmt = self.scheme.kv_b_format
+        halves: list[tuple[PackedWeight, PackedWeight]] = []
+        while len(halves) < (copies or 1):
+            w_kc = PackedWeight.allocate(fmt, heads, 1, rank, nope)
+            w_vc = PackedWeight.allocate(fmt, heads, 1, v, rank)
+            self.scheme.pack_kv_b(w_kc, w_vc, stored, nope, v)
+            halves.append((w_kc, w_vc))
+            copies = copies or self.copies(w_kc.nbytes + w_vc.nbytes)
+        return halves
+
+    # Matrices
+
+    def linear(self, n: int) -> _Case:
+        x = _random(n, self.config.num_attention_heads * self.config.v_head_dim)
+        out = self.result(n)
+        cost = Cost()
+        cost.multiply(self.o[0], n)
+        calls = [_call(dense.linear, x, w, out) for w in self.in_turn(self.o, n)]
+        return _Case(n, calls, cost)
+
+    def mlp(self, n: int) -> _Case:
+        x, out, cost = self.stream(n), self.result(n), Cost()
+        for w in self.dense[0]:
+            cost.multiply(w, n)
+        calls = [_call(dense.mlp, x, *w, out) for w in self.in_turn(self.dense, n)]
+        return _Case(n, calls, cost)
+
+    def heads(self, n: int) -> _Case:
+        """A product a head, by w_vc."""
+        first = self.halves[0][1]
+        x = _random(n * first.batch, first.cols).view(n, first.batch, first.cols)
+        out = torch.empty((n, first.batch, first.rows), dtype=torch.bfloat16)
+        cost = Cost()
+        cost.multiply(first, n)
+        calls = [_call(dense.heads, x, w_vc, out) for _, w_vc in self.in_turn(self.halves, n)]
+        return _Case(n, calls, cost)
+
+    def moe(self, n: int) -> _Case:
+        return self.experts_of(n, shared=False)
+
+    def moe_shared(self, n: int) -> _Case:
+        return self.experts_of(n, shared=True)
+
+    def experts_of(self, n: int, *, shared: bool) -> _Case:
+        c = self.config
+        count, k = c.n_routed_experts, c.num_experts_per_tok
+        sets = [
+            torch.stack([torch.randperm(count)[:k] for _ in range(n)]).int()
+            for _ in range(_EXPERT_SETS if n < count else 1)
+        ]
+        x, weights, out = self.stream(n), torch.rand(n, k), self.result(n)
+        gate_up, down = self.experts
+        touched = sum(len(set(ids.flatten().tolist())) for ids in sets) / len(sets)
+        cost = Cost(touched * (gate_up.item_nbytes + down.item_nbytes))
+        per_row = 2 * gate_up.rows * gate_up.cols + down.rows * down.cols
+        cost.operations[gate_up.format] += 2.0 * n * k * per_row
+        always: Sequence[tuple[PackedWeight, ...]] = self.shared if shared else ((),)
+        for w in always[0]:
+            cost.multiply(w, n)
+        op: Callable[..., None] = moe.moe_shared if shared else moe.moe
+        calls = [
+            _call(op, x, ids, weights, gate_up, down, *always[i % len(always)], out)
+            for i, ids in enumerate(sets)
+        ]
+        return _Case(n, calls, cost)
+
+    def stream(self, n: int) -> torch.Tensor:
+        """Rows of the residual stream."""
+        return _random(n, self.config.hidden_size)
+
+    def result(self, n: int) -> torch.Tensor:
+        """What is added to the stream."""
+        return torch.empty((n, self.config.hidden_size), dtype=torch.bfloat16)
+
+    # Attention
 
     def cache(self, sequences: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents of so many sequences, bf16, and the block tables that lead to them."""
@@ -334,32 +505,49 @@ class _Ops:
         tables = torch.arange(sequences * each, dtype=torch.int32).view(sequences, each)
         return cache.view(-1, _BLOCK, cache.shape[1]), tables
 
-    def mla_input(self, n: int, *, absorbed: bool) -> _Case:
+    def mla_input_lora(self, n: int) -> _Case:
         c = self.config
+        assert c.q_lora_rank is not None
+        norm = torch.ones(c.q_lora_rank)
+        queries = [
+            (self.q_a[i % len(self.q_a)], norm, self.q_b[i % len(self.q_b)])
+            for i in range(max(len(self.q_a), len(self.q_b)))
+        ]
+        return self.mla_input(n, mla.mla_input_lora, queries)
+
+    def mla_input_direct(self, n: int) -> _Case:
+        return self.mla_input(n, mla.mla_input_direct, [(w,) for w in self.q_proj])
+
+    def mla_input(
+        self,
+        n: int,
+        op: Callable[..., None],
+        queries: Sequence[tuple[PackedWeight | torch.Tensor, ...]],
+    ) -> _Case:
+        """Decode rows behind CONTEXT tokens, absorbed; or a prompt."""
+        c, absorbed = self.config, n in DECODE_ROWS
         sequences, tokens = (n, CONTEXT + 1) if absorbed else (1, n)
         cache, tables = self.cache(sequences, tokens)
-        assert c.q_lora_rank is not None
         table = rope_table(c.rope, tokens)
         row_seq = torch.arange(n).int() if absorbed else torch.zeros(n).int()
         positions = torch.full((n,), CONTEXT).int() if absorbed else torch.arange(n).int()
         q = torch.empty((n, c.num_attention_heads, c.qk_head_dim), dtype=torch.bfloat16)
         q_latent = torch.empty((n, c.num_attention_heads, latent_row(c)), dtype=torch.bfloat16)
-        x, cost = _random(n, c.hidden_size), Cost()
-        for w in (self.q_a[0], self.q_b[0], self.kv_a[0]):
-            cost.multiply(w, n)
+        x, cost = self.stream(n), Cost()
+        for w in (*queries[0], self.kv_a[0]):
+            if isinstance(w, PackedWeight):
+                cost.multiply(w, n)
         if absorbed:
-            cost.multiply(self.heads[0][0], n)
-        rounds = max(len(self.in_turn(w, n)) for w in (self.q_a, self.q_b, self.kv_a))
+            cost.multiply(self.halves[0][0], n)
+        rounds = max(len(self.in_turn(w, n)) for w in (queries, self.kv_a))
         calls = [
             _call(
-                mla.mla_input_lora,
+                op,
                 x,
-                self.q_a[i % len(self.q_a)],
-                torch.ones(c.q_lora_rank),
-                self.q_b[i % len(self.q_b)],
+                *queries[i % len(queries)],
                 self.kv_a[i % len(self.kv_a)],
                 torch.ones(c.kv_lora_rank),
-                self.heads[i % len(self.heads)][0],
+                self.halves[i % len(self.halves)][0],
                 c.inner_norm_eps,
                 table,
                 positions,
@@ -372,27 +560,33 @@ class _Ops:
             )
             for i in range(rounds)
         ]
-        return _Case("mla_input_lora", n, calls, cost)
+        return _Case(n, calls, cost)
 
     def mla_decode(self, n: int) -> _Case:
-        c = self.config
+        return self.decode_attention(n, CONTEXT, [w_vc for _, w_vc in self.halves])
+
+    def mla_decode_long(self, n: int) -> _Case:
+        return self.decode_attention(n, LONG_CONTEXT, [self.long_w_vc])
+
+    def decode_attention(self, n: int, context: int, w_vc: Sequence[PackedWeight]) -> _Case:
+        c, heads = self.config, w_vc[0].batch
         row_bytes = 2 * latent_row(c)
         # Each call reads other sequences, so that their latents come from memory.
-        calls_each = self.copies(n * CONTEXT * row_bytes)
-        cache, tables = self.cache(n * calls_each, CONTEXT)
-        q = _random(n * c.num_attention_heads, latent_row(c)).view(n, -1, latent_row(c))
-        out = torch.empty((n, c.num_attention_heads * c.v_head_dim), dtype=torch.bfloat16)
-        positions = torch.full((n,), CONTEXT - 1).int()
+        calls_each = self.copies(n * context * row_bytes)
+        cache, tables = self.cache(n * calls_each, context)
+        q = _random(n * heads, latent_row(c)).view(n, heads, -1)
+        out = torch.empty((n, heads * c.v_head_dim), dtype=torch.bfloat16)
+        positions = torch.full((n,), context - 1).int()
         rows = torch.arange(n).int()
-        cost = Cost(float(n * CONTEXT * row_bytes))
+        cost = Cost(float(n * context * row_bytes))
         pair = 2 * c.kv_lora_rank + c.qk_rope_head_dim
-        cost.operations[Format.BF16] += 2.0 * n * CONTEXT * c.num_attention_heads * pair
-        cost.multiply(self.heads[0][1], n)
+        cost.operations[Format.BF16] += 2.0 * n * context * heads * pair
+        cost.multiply(w_vc[0], n)
         calls = [
             _call(
                 mla.mla_decode_attention,
                 q,
-                self.heads[i % len(self.heads)][1],
+                w_vc[i % len(w_vc)],
                 positions,
                 rows,
                 tables[i * n : (i + 1) * n],
@@ -402,7 +596,7 @@ class _Ops:
             )
             for i in range(calls_each)
         ]
-        return _Case("mla_decode_attention", n, calls, cost)
+        return _Case(n, calls, cost, shape=f"context {context}, {heads} heads")
 
     def mla_prefill(self, n: int) -> _Case:
         c = self.config
@@ -431,7 +625,62 @@ class _Ops:
             )
             for w in self.in_turn(self.kv_b, n)
         ]
-        return _Case("mla_prefill_attention", n, calls, cost, captured=False)
+        return _Case(n, calls, cost, captured=False)
+
+
+COMMON_OPS: Sequence[tuple[str, _Plan[_CommonOps]]] = (
+    ("load_step", _Plan(_CommonOps.load_step, "decode")),
+    ("embedding", _Plan(_CommonOps.embedding, "all")),
+    ("rms_norm", _Plan(_CommonOps.rms_norm, "all")),
+    ("add_rms_norm", _Plan(_CommonOps.add_rms_norm, "all")),
+    ("route_sigmoid", _Plan(_CommonOps.route_sigmoid, "all")),
+    ("route_softmax", _Plan(_CommonOps.route_softmax, "all")),
+    ("logits", _Plan(_CommonOps.logits, "decode")),
+    ("greedy", _Plan(_CommonOps.greedy, "decode")),
+    ("restrict", _Plan(_CommonOps.restrict, "decode")),
+    ("add_bias", _Plan(_CommonOps.add_bias, "decode")),
+    ("penalize", _Plan(_CommonOps.penalize, "decode")),
+    ("sample", _Plan(_CommonOps.sample, "decode")),
+    ("logprobs", _Plan(_CommonOps.logprobs, "decode")),
+)
+"""Ops measured once a tier."""
+
+SCHEME_OPS: Sequence[tuple[str, _Plan[_SchemeOps]]] = (
+    ("mla_input_lora", _Plan(_SchemeOps.mla_input_lora, "all")),
+    ("mla_input_direct", _Plan(_SchemeOps.mla_input_direct, "all")),
+    ("mla_decode_attention", _Plan(_SchemeOps.mla_decode, "decode")),
+    ("mla_decode_attention", _Plan(_SchemeOps.mla_decode_long, "one")),
+    ("mla_prefill_attention", _Plan(_SchemeOps.mla_prefill, "prefill")),
+    ("linear", _Plan(_SchemeOps.linear, "all")),
+    ("heads", _Plan(_SchemeOps.heads, "all")),
+    ("mlp", _Plan(_SchemeOps.mlp, "all")),
+    ("moe", _Plan(_SchemeOps.moe, "all")),
+    ("moe_shared", _Plan(_SchemeOps.moe_shared, "all")),
+)
+"""Ops measured in each scheme and tier."""
+
+_LOADING = "part of loading, which reads files: benchmarks/loading.py and start.py measure it"
+
+NOT_MEASURED: Mapping[str, str] = dict.fromkeys(
+    (
+        "init_packed",
+        "pack_f32",
+        "pack_bf16",
+        "pack_int8",
+        "pack_int8_wide",
+        "pack_fp8",
+        "quantize_int8",
+        "quantize_fp8",
+        "dequantize_int8",
+        "dequantize_fp8",
+        "read_memory",
+        "write_memory",
+        "touch_memory",
+        "memory_placement",
+    ),
+    _LOADING,
+)
+"""Ops on tensors that are not part of a step, and why they are left out here."""
 
 
 def _random(rows: int, cols: int) -> torch.Tensor:

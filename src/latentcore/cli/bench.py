@@ -347,7 +347,7 @@ def _show_kernels(result: "KernelsResult") -> None:
         ("op", "scheme", "tier", "rows", "us", "low", "high", "GB/s", "Gop/s", "share", "limit"),
         [
             (
-                r.op,
+                f"{r.op}, {r.shape}" if r.shape else r.op,
                 r.scheme,
                 r.tier,
                 str(r.rows),
