@@ -139,15 +139,87 @@ LC_INLINE void store_gated(bf16* h, int64_t stride, int64_t cols, int64_t row0, 
     }
   }
 }
+
+constexpr int64_t kPartRows = 64;  // most rows for which shares are cut finer than whole work: decoding
+
+// A product by panels that alternate between gate and up, gated into h.
+struct GateUp {
+  Panels w;
+  Act x;
+  int64_t rows;
+  bf16* h;
+  int64_t cols;    // of h, and its stride
+  float* parted;   // [rows, threads, 32]: gate and up of a pair that two threads share
+};
+
+// The products at(0..count), of pairs_of(0..count) pairs, where these do not share out evenly: two threads
+// may each compute a panel of a pair, which is gated when both are there. Ends with a barrier.
+template <class Isa, class Pairs, class At>
+void parted_gate_up(const Ctx& ctx, int64_t count, const Pairs& pairs_of, const At& at) {
+  const int nt = ctx.nt;
+  const auto own = [&](int64_t list, int t) { return owned_panels(pairs_of(list), list, count, t, nt); };
+  const auto pairs = [&](int64_t list, int t) {
+    const Range r = own(list, t);
+    return r.size() > 0 ? Range{r.begin / 2, ceil_div(r.end, 2)} : Range{0, 0};
+  };
+  each_share(ctx, count, kPanelsAtOnce / 2, pairs, [&](int of, int64_t list, int64_t begin, int64_t end) {
+    const GateUp g = at(list);
+    const Range r = own(list, of);
+    int64_t p0 = tmax(r.begin, 2 * begin);
+    const int64_t p1 = tmin(r.end, 2 * end), whole = p1 / 2 * 2;
+    // One panel of a pair, kept in the place of the thread that owns `up`.
+    const auto part = [&](int64_t panel, int owner, int half) {
+      auto keep = [&](int64_t m0, int m, int64_t, int, float* c) {
+        for (int i = 0; i < m; ++i)
+          vstore(g.parted + ((m0 + i) * nt + owner) * 32 + half * 16, vload(c + i * kTileCols));
+      };
+      gemm<Isa>(g.w, panel, panel + 1, g.x, g.rows, sink_of(keep));
+    };
+    if (p0 % 2 != 0) part(p0++, of, 1);
+    if (p0 < whole) {
+      auto gate = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
+        store_gated(g.h, g.cols, g.cols, m0, m, panel, np, c);
+      };
+      const uint8_t* next = g.w.base + whole * g.w.stride;
+      if (p1 == r.end && whole == p1 && list + 1 < count) {
+        const Panels then = at(list + 1).w;
+        next = then.base + own(list + 1, of).begin * then.stride;
+      }
+      gemm<Isa>(g.w, p0, whole, next, g.x, g.rows, 2, sink_of(gate));
+    }
+    if (p0 <= whole && whole < p1) {
+      int owner = of + 1;
+      while (own(list, owner).size() == 0) ++owner;
+      part(whole, owner, 0);
+    }
+  });
+  ctx.barrier();
+  for (int64_t list = 0; list < count; ++list) {
+    const Range r = own(list, ctx.tid);
+    if (r.size() == 0 || r.begin % 2 == 0) continue;
+    const GateUp g = at(list);
+    const int64_t col = r.begin / 2 * 16;
+    for (int64_t i = 0; i < g.rows; ++i) {
+      const float* both = g.parted + (i * nt + ctx.tid) * 32;
+      vstore_bf16_n(g.h + i * g.cols + col, vmul(vsilu(vload(both)), vload(both + 16)),
+                    static_cast<int>(tmin<int64_t>(16, g.cols - col)));
+    }
+  }
+  ctx.barrier();
+}
+
 template <class Isa>
 struct MlpPlan {
   ActSlot<Isa> x;
   bf16* h;
   ActSlot<Isa> hq;
+  float* parted;  // none where pairs share out evenly
   MlpPlan(Bump& b, const MlpArgs& a, int nt)
       : x(b, nt, a.gate_up.layout.format, a.n, a.gate_up.layout.cols),
         h(b.take<bf16>(a.n * a.gate_up.layout.rows)),
-        hq(b, nt, a.down.layout.format, a.n, a.down.layout.cols) {}
+        hq(b, nt, a.down.layout.format, a.n, a.down.layout.cols),
+        parted(a.n <= kPartRows && pairs_part(a.gate_up.layout.row_panels(), 1, nt) ? b.take<float>(a.n * nt * 32)
+                                                                                 : nullptr) {}
 };
 
 template <class Isa>
@@ -157,11 +229,16 @@ void mlp(const Ctx& ctx, const void* p) {
   MlpPlan<Isa> plan(b, a, ctx.nt);
   const Layout &g = a.gate_up.layout, &d = a.down.layout;
   const Act x = plan.x.fill(ctx, a.x, g.cols);
-  auto gate = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
-    store_gated(plan.h, g.rows, g.rows, m0, m, panel, np, c);
-  };
-  shared_gemm<Isa>(ctx, a.gate_up, x, a.n, 2, 0, sink_of(gate));
-  ctx.barrier();
+  if (plan.parted != nullptr) {
+    const GateUp whole{panels_of(a.gate_up, 0), x, a.n, plan.h, g.rows, plan.parted};
+    parted_gate_up<Isa>(ctx, 1, [&](int64_t) { return g.row_panels(); }, [&](int64_t) { return whole; });
+  } else {
+    auto gate = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
+      store_gated(plan.h, g.rows, g.rows, m0, m, panel, np, c);
+    };
+    shared_gemm<Isa>(ctx, a.gate_up, x, a.n, 2, 0, sink_of(gate));
+    ctx.barrier();
+  }
   const Act h = plan.hq.fill(ctx, plan.h, g.rows);
   auto store = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
     store_tile_bf16(a.out, d.rows, d.rows, m0, m, panel, np, c);

@@ -109,6 +109,7 @@ void route(const Ctx& ctx, const void* p) {
 struct Grouping {
   int64_t* first;    // [experts + 1] first grouped row of an expert, a multiple of 16
   int32_t* count;    // [experts] its rows
+  int32_t* live;     // [experts] rows of the experts before it
   int32_t* active;   // [min(experts, pairs)] experts that have rows
   int32_t* token;    // [rows] token of a grouped row; -1 in the padding
   int32_t* place;    // [pairs] grouped row of a (token, choice); -1 for an expert that does not exist
@@ -122,6 +123,7 @@ struct Grouping {
     rows = capacity(a.n, a.top_k, experts);
     first = b.take<int64_t>(experts + 1);
     count = b.take<int32_t>(experts);
+    live = b.take<int32_t>(experts);
     active = b.take<int32_t>(tmin(experts, a.n * a.top_k));
     token = b.take<int32_t>(rows);
     place = b.take<int32_t>(a.n * a.top_k);
@@ -134,7 +136,10 @@ struct Grouping {
     for (int64_t i = 0; i < pairs; ++i)
       if (valid(a.ids[i])) ++count[a.ids[i]];
     first[0] = 0;
+    int32_t before = 0;
     for (int64_t e = 0; e < experts; ++e) {
+      live[e] = before;
+      before += count[e];
       first[e + 1] = first[e] + round_up(count[e], 16);
       if (count[e] != 0) active[active_count++] = static_cast<int32_t>(e);
       count[e] = 0;
@@ -160,6 +165,8 @@ struct MoePlan {
   float* sum;   // [n, hidden]
   bool single;  // one token: every expert reads the same prepared row
   bf16* shared_gated;
+  float* parted;   // of parted_gate_up, the shared expert's rows first; none where pairs share out evenly
+  float* results;  // [n + pairs, hidden] by expert, the shared one first; none where columns share out evenly
   int64_t rows;
 
   MoePlan(Bump& b, const MoeArgs& a, int nt) {
@@ -178,6 +185,10 @@ struct MoePlan {
     sum = b.take<float>(a.n * dl.rows);
     own = nullptr;
     shared_gated = a.shared ? b.take<bf16>(a.n * a.shared_gate_up.layout.rows) : nullptr;
+    const int64_t live = a.n * (a.top_k + (a.shared ? 1 : 0));
+    const bool few = a.n <= kPartRows;
+    parted = few ? b.take<float>(live * nt * 32) : nullptr;
+    results = few && uneven(dl.row_panels(), nt) ? b.take<float>(live * dl.rows) : nullptr;
   }
 };
 
@@ -196,6 +207,59 @@ size_t moe_scratch(const void* p, int nt) {
   MoePlan<Isa> plan(b, a, nt);
   if (a.shared) SharedPlan<Isa> shared(b, a, nt);
   return static_cast<size_t>(b.used);
+}
+
+// `down` where its columns do not share out evenly: each product by itself, the columns that a thread owns
+// moving from expert to expert; then the sums, in the order that they always have.
+template <class Isa>
+void parted_down(const Ctx& ctx, const MoeArgs& a, const MoePlan<Isa>& plan, const Grouping& groups, const Act& h,
+                 const Act& shared_h) {
+  const Layout& dl = a.down.layout;
+  const int64_t top = dl.rows, panels = dl.row_panels(), others = a.shared ? 1 : 0;
+  const int64_t lists = others + groups.active_count;
+  const auto own = [&](int64_t list, int t) { return owned_columns(panels, list, lists, t, ctx.nt); };
+  const auto weights = [&](int64_t list) {
+    return list < others ? panels_of(a.shared_down, 0) : panels_of(a.down, groups.active[list - others]);
+  };
+  each_share(ctx, lists, kPanelsAtOnce, own, [&](int of, int64_t list, int64_t p0, int64_t p1) {
+    const bool is_shared = list < others;
+    const int64_t e = is_shared ? 0 : groups.active[list - others];
+    float* to = plan.results + (is_shared ? 0 : others * a.n + groups.live[e]) * top;
+    auto store = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
+      store_tile_f32(to, top, top, m0, m, panel, np, c);
+    };
+    const Panels w = weights(list);
+    const uint8_t* next = w.base + p1 * w.stride;
+    if (p1 == own(list, of).end && list + 1 < lists) {
+      const Panels then = weights(list + 1);
+      next = then.base + own(list + 1, of).begin * then.stride;
+    }
+    gemm<Isa>(w, p0, p1, next, is_shared ? shared_h : h.from(groups.first[e]), is_shared ? a.n : groups.count[e],
+              1, sink_of(store));
+  });
+  ctx.barrier();
+  const Range mine = owned(a.n * panels, ctx.tid, ctx.nt, 0);
+  for (int64_t u = mine.begin; u < mine.end; ++u) {
+    const int64_t i = u / panels, col = u % panels * 16;
+    const int n = static_cast<int>(tmin<int64_t>(16, top - col));
+    vf sum = a.shared ? vload_n(plan.results + i * top + col, n) : vset1(0.0f);
+    // The token's rows in the order in which they are grouped: by expert.
+    for (int64_t row = -1;;) {
+      int64_t next = groups.rows;
+      for (int64_t j = 0; j < a.top_k; ++j) {
+        const int64_t at = groups.place[i * a.top_k + j];
+        if (at > row && at < next) next = at;
+      }
+      if (next == groups.rows) break;
+      row = next;
+      int64_t e = 0;
+      for (int64_t j = 0; j < a.top_k; ++j)
+        if (groups.place[i * a.top_k + j] == row) e = a.ids[i * a.top_k + j];
+      const float* from = plan.results + (others * a.n + groups.live[e] + row - groups.first[e]) * top;
+      sum = vfma(vset1(groups.weight[row]), vload_n(from + col, n), sum);
+    }
+    vstore_bf16_n(a.out + i * top + col, sum, n);
+  }
 }
 
 // Tokens are grouped by expert; one pass over an expert's panels serves all of them. The shared
@@ -239,33 +303,52 @@ void moe(const Ctx& ctx, const void* p) {
   }
   SharedPlan<Isa>* shared = nullptr;
   alignas(SharedPlan<Isa>) uint8_t shared_mem[sizeof(SharedPlan<Isa>)];
+  const int64_t others = a.shared ? 1 : 0, lists = others + groups.active_count;
+  Act sx{};
   if (a.shared) {
     shared = new (static_cast<void*>(shared_mem)) SharedPlan<Isa>(b, a, ctx.nt);
-    const Layout& sl = a.shared_gate_up.layout;
-    const Act sx = shared->x.fill(ctx, a.x, hidden);
-    auto gate = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
-      store_gated(plan.shared_gated, sl.rows, sl.rows, m0, m, panel, np, c);
-    };
-    shared_gemm<Isa>(ctx, a.shared_gate_up, sx, a.n, 2, 0, sink_of(gate));
+    sx = shared->x.fill(ctx, a.x, hidden);
   }
-  const Units pairs(gl, a.n, 2);
-  const auto own_pairs = [&](int64_t list, int t) { return owned(pairs.count(), t, ctx.nt, list + 1); };
-  each_share(ctx, groups.active_count, pairs.most(), own_pairs,
-             [&](int of, int64_t list, int64_t begin, int64_t end) {
-               const int64_t e = groups.active[list], row0 = groups.first[e];
-               auto gate = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
-                 store_gated(plan.gated, inter, inter, row0 + m0, m, panel, np, c);
-               };
-               const Panels w = panels_of(a.gate_up, e);
-               const int64_t p0 = pairs.first(begin), p1 = pairs.first(end);
-               const uint8_t* next = w.base + p1 * w.stride;
-               if (end == own_pairs(list, of).end && list + 1 < groups.active_count) {
-                 const Panels then = panels_of(a.gate_up, groups.active[list + 1]);
-                 next = then.base + pairs.first(own_pairs(list + 1, of).begin) * then.stride;
-               }
-               gemm<Isa>(w, p0, p1, next, plan.single ? x : x.from(row0), groups.count[e], 2, sink_of(gate));
-             });
-  ctx.barrier();
+  if (plan.parted != nullptr && lists > 0 && pairs_part(gl.row_panels(), lists, ctx.nt)) {
+    const Layout& sl = a.shared_gate_up.layout;
+    const auto pairs_of = [&](int64_t list) { return (list < others ? sl : gl).row_panels(); };
+    parted_gate_up<Isa>(ctx, lists, pairs_of, [&](int64_t list) {
+      if (list < others)
+        return GateUp{panels_of(a.shared_gate_up, 0), sx, a.n, plan.shared_gated, sl.rows, plan.parted};
+      const int64_t e = groups.active[list - others], row0 = groups.first[e];
+      float* parted = plan.parted + (others * a.n + groups.live[e]) * ctx.nt * 32;
+      return GateUp{panels_of(a.gate_up, e), plan.single ? x : x.from(row0), groups.count[e],
+                    plan.gated + row0 * inter, inter, parted};
+    });
+  } else {
+    if (a.shared) {
+      const Layout& sl = a.shared_gate_up.layout;
+      auto gate = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
+        store_gated(plan.shared_gated, sl.rows, sl.rows, m0, m, panel, np, c);
+      };
+      shared_gemm<Isa>(ctx, a.shared_gate_up, sx, a.n, 2, 0, sink_of(gate));
+    }
+    const Units pairs(gl, a.n, 2);
+    const auto own_pairs = [&](int64_t list, int t) {
+      return owned_in_turn(pairs.count(), others + list, lists, t, ctx.nt);
+    };
+    each_share(ctx, groups.active_count, pairs.most(), own_pairs,
+               [&](int of, int64_t list, int64_t begin, int64_t end) {
+                 const int64_t e = groups.active[list], row0 = groups.first[e];
+                 auto gate = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
+                   store_gated(plan.gated, inter, inter, row0 + m0, m, panel, np, c);
+                 };
+                 const Panels w = panels_of(a.gate_up, e);
+                 const int64_t p0 = pairs.first(begin), p1 = pairs.first(end);
+                 const uint8_t* next = w.base + p1 * w.stride;
+                 if (end == own_pairs(list, of).end && list + 1 < groups.active_count) {
+                   const Panels then = panels_of(a.gate_up, groups.active[list + 1]);
+                   next = then.base + pairs.first(own_pairs(list + 1, of).begin) * then.stride;
+                 }
+                 gemm<Isa>(w, p0, p1, next, plan.single ? x : x.from(row0), groups.count[e], 2, sink_of(gate));
+               });
+    ctx.barrier();
+  }
 
   // The gated rows, in the form that `down` multiplies.
   const Act h = act_at<Isa>(dl.format, plan.h, plan.rows, inter);
@@ -285,6 +368,7 @@ void moe(const Ctx& ctx, const void* p) {
   Act sh{};
   if (a.shared) sh = shared->h.fill(ctx, plan.shared_gated, a.shared_down.layout.cols);
   if (!a.shared || shared->h.own) ctx.barrier();
+  if (plan.results != nullptr) return parted_down<Isa>(ctx, a, plan, groups, h, sh);
   // All experts for a few columns, the shared one first, then those columns as bf16.
   const Units columns(dl, a.n, 1);
   const auto own_columns = [&](int64_t, int t) { return owned(columns.count(), t, ctx.nt, 0); };

@@ -121,18 +121,37 @@ std::string owned_ranges(int64_t n, int64_t threads, int64_t turn) {
   }
   return out;
 }
+// Shares of one of several matrices that threads go through without a barrier between, as moe and mlp share
+// them out at few rows: "gate_up" in panels, of n pairs; "down" in panels.
+std::string owned_lists(std::string what, int64_t n, int64_t at, int64_t lists, int64_t threads) {
+  const Call c("owned_lists", true);
+  if (what != "gate_up" && what != "down") c.fail("what", "gate_up or down", what);
+  c.range("n", n, 0, int64_t{1} << 32);
+  c.range("lists", lists, 1, 1 << 20);
+  c.range("at", at, 0, lists - 1);
+  c.range("threads", threads, 1, 1024);
+  std::string out;
+  for (int64_t t = 0; t < threads; ++t) {
+    const Range r =
+        what == "down" ? owned_columns(n, at, lists, t, threads) : owned_panels(n, at, lists, t, threads);
+    out += std::to_string(r.begin) + " " + std::to_string(r.end) + "\n";
+  }
+  return out;
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(latentcore, m) {
   m.def("pack_version() -> int");
   m.def("topology() -> str");
   m.def("topology_below(str root, int[] allowed) -> str");
   m.def("owned_ranges(int n, int threads, int turn) -> str");
+  m.def("owned_lists(str what, int n, int at, int lists, int threads) -> str");
 }
 STABLE_TORCH_LIBRARY_IMPL(latentcore, CompositeExplicitAutograd, m) {
   m.impl("pack_version", TORCH_BOX(&pack_version));
   m.impl("topology", TORCH_BOX(&topology));
   m.impl("topology_below", TORCH_BOX(&topology_below));
   m.impl("owned_ranges", TORCH_BOX(&owned_ranges));
+  m.impl("owned_lists", TORCH_BOX(&owned_lists));
 }
 
 }  // namespace

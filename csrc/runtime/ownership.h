@@ -21,6 +21,34 @@ static constexpr Range owned(int64_t n, int64_t t, int64_t nt, int64_t turn) {
   return {(t * n + phase) / nt, ((t + 1) * n + phase) / nt};
 }
 
+// Whether the busiest of nt threads carries more than a thirty-second above the mean of `units`.
+static constexpr bool uneven(int64_t units, int64_t nt) { return (units + nt - 1) / nt * nt * 32 > units * 33; }
+
+// The share of matrix `at` of `of` equal ones that threads go through without a barrier between: shares
+// move by equal steps of a unit in all, so that over all of them no thread carries more than one unit above
+// the mean.
+static constexpr Range owned_in_turn(int64_t n, int64_t at, int64_t of, int64_t t, int64_t nt) {
+  const int64_t phase = nt - 1 - at * nt / of;
+  return {(t * n + phase) / nt, ((t + 1) * n + phase) / nt};
+}
+
+// Whether `pairs` of panels (gate, up) in each of `of` matrices are so few beside the threads that the two
+// panels of a pair may have different owners.
+static constexpr bool pairs_part(int64_t pairs, int64_t of, int64_t nt) { return uneven(pairs * of, nt); }
+
+// The panels that thread t owns of such a matrix.
+static constexpr Range owned_panels(int64_t pairs, int64_t at, int64_t of, int64_t t, int64_t nt) {
+  if (pairs_part(pairs, of, nt)) return owned_in_turn(2 * pairs, at, of, t, nt);
+  const Range r = owned_in_turn(pairs, at, of, t, nt);
+  return {2 * r.begin, 2 * r.end};
+}
+
+// The columns, in panels, that thread t owns of matrix `at` of `of` whose results are added up. Where they
+// share out evenly it owns the same ones of each, and adds them up by itself.
+static constexpr Range owned_columns(int64_t n, int64_t at, int64_t of, int64_t t, int64_t nt) {
+  return uneven(n, nt) ? owned_in_turn(n, at, of, t, nt) : owned(n, t, nt, 0);
+}
+
 // The share of units [first, first + n) of `total` that are shared out together: of a matrix among
 // several that threads go through without a barrier between.
 static constexpr Range owned_among(int64_t n, int64_t first, int64_t total, int64_t t, int64_t nt) {

@@ -1422,6 +1422,10 @@ PLAIN_SAMPLES: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "topology": _NOTHING,
     "topology_below": ({"root": "", "allowed": [0]}, {"root": "/nowhere", "allowed": [3, 5]}),
     "owned_ranges": ({"n": 10, "threads": 3, "turn": 7},),
+    "owned_lists": (
+        {"what": "gate_up", "n": 10, "at": 1, "lists": 2, "threads": 7},
+        {"what": "down", "n": 10, "at": 0, "lists": 1, "threads": 3},
+    ),
     "isa_tier": _NOTHING,
     "force_isa_tier": ({"name": ""}, {"name": "avx2"}),
     "cpu_features": _NOTHING,

@@ -56,7 +56,7 @@ def test_matches_reference(sample: Sample, tier: str) -> None:
 
 def runs() -> list[tuple[Sample, int, str]]:
     """Each sample with two threads and in a graph; every fifth also with more threads than cores,
-    and than heads."""
+    and than heads; experts with numbers of threads that part pairs of gate and up."""
     out = []
     for i, sample in enumerate(ALL):
         ways = [(2, "eager")]
@@ -64,6 +64,10 @@ def runs() -> list[tuple[Sample, int, str]]:
             ways += [(1, "graph"), (2, "graph")]
         if i % 5 == 0:
             ways += [(3, "eager"), (7, "eager")]
+        if sample.op in ("mlp", "moe", "moe_shared"):
+            ways += [
+                (threads, "eager") for threads in (3, 5, 7, 16) if (threads, "eager") not in ways
+            ]
         out += [(sample, threads, mode) for threads, mode in ways]
     return out
 

@@ -198,6 +198,28 @@ def test_the_remainder_goes_round(units: int, threads: int) -> None:
         assert max(load) - sum(load) / threads < 1.7
 
 
+@pytest.mark.parametrize("threads", [1, 3, 16, 96, 256, 1000])
+@pytest.mark.parametrize("n", [7, 88, 128, 448])
+@pytest.mark.parametrize("lists", [1, 8, 9])
+def test_experts_share_out_evenly_over_all_of_them(n: int, lists: int, threads: int) -> None:
+    """Complete, each share within a unit of its plain place, and nobody more than a unit above
+    the mean over all, or a thirty-second."""
+    for what, total, unit in (("gate_up", 2 * n, 2), ("down", n, 1)):
+        plain = [
+            range(unit * share.start, unit * share.stop)
+            for share in runtime.owned_ranges(n, threads, 0)
+        ]
+        load = [0] * threads
+        for found in runtime.owned_lists(what, n, lists, threads):
+            assert [i for share in found for i in share] == list(range(total))
+            for t, (share, place) in enumerate(zip(found, plain, strict=True)):
+                assert abs(share.start - place.start) <= unit
+                assert abs(share.stop - place.stop) <= unit
+                load[t] += len(share)
+        mean = lists * total / threads
+        assert max(load) <= max(-(-lists * total // threads), mean * 33 / 32)
+
+
 H, EXPERT, DENSE, VOCAB = 7168, 2048, 18432, 129280
 Q_LORA, KV, HEADS = 1536, 576, 128
 
@@ -219,29 +241,32 @@ def v3_phases(threads: int) -> dict[str, tuple[float, float, int]]:
     def own(n: int, turn: int = 0) -> list[range]:
         return runtime.owned_ranges(n, threads, turn)
 
-    gate_up = [own(panels(EXPERT), 0)] + [own(panels(EXPERT), turn) for turn in range(1, 9)]
+    def experts(what: str, n: int, lists: int = 9) -> list[list[range]]:
+        return runtime.owned_lists(what, n, lists, threads)
+
     return {
         "q_a and kv_a": (*most([own(panels(Q_LORA) + panels(KV))]), H),
         "q_b": (*most([own(panels(HEADS * 192), 1)]), Q_LORA),
         "w_kc": (*most([own(HEADS * panels(512))]), 128),
         "w_vc": (*most([own(HEADS * panels(128))]), 512),
         "o": (*most([own(panels(H))]), HEADS * 128),
-        "experts gate and up": (*most(gate_up), 2 * H),
-        "experts down": (*most([own(panels(H))] * 9), EXPERT),
-        "dense gate and up": (*most([own(panels(DENSE))]), 2 * H),
+        "experts gate and up": (*most(experts("gate_up", panels(EXPERT))), H),
+        "experts down": (*most(experts("down", panels(H))), EXPERT),
+        "dense gate and up": (*most(experts("gate_up", panels(DENSE), 1)), H),
         "dense down": (*most([own(panels(H), 1)]), DENSE),
         "output head": (*most([own(panels(VOCAB))]), 2 * H),
     }
 
 
 @pytest.mark.parametrize(
-    ("threads", "worst", "step"),
-    [(64, 1.13, 1.02), (96, 1.2, 1.08), (128, 1.15, 1.09), (192, 1.33, 1.2), (256, 1.15, 1.14)],
+    ("threads", "step"), [(64, 1.02), (96, 1.03), (128, 1.06), (192, 1.08), (256, 1.06)]
 )
-def test_v3_splits_evenly(threads: int, worst: float, step: float) -> None:
-    """Busiest to mean thread, of each large phase and of bytes over a whole step.
+def test_v3_splits_evenly(threads: int, step: float) -> None:
+    """Bytes of the busiest thread over the mean one's, over a whole step at batch 1; experts within
+    a thirty-second, over the nine that a token has.
 
-    448 panels of the hidden size do not divide by 128 or 256: at best 4 to 3.5, and 2 to 1.75.
+    What is left is `o` and the first projections, 448 and 132 panels: single matrices between two
+    barriers, whose panels do not divide by the number of threads.
     """
     phases = v3_phases(threads)
     times = {"output head": 1, "dense gate and up": 3, "dense down": 3}
@@ -250,8 +275,8 @@ def test_v3_splits_evenly(threads: int, worst: float, step: float) -> None:
     for name, (most_of, mean_of, nbytes) in phases.items():
         busiest += most_of * nbytes * times.get(name, 61)
         mean += mean_of * nbytes * times.get(name, 61)
-        if name != "q_a and kv_a":  # 132 panels of 7168: fewer than threads
-            assert most_of / mean_of <= worst, name
+        if "experts" in name or "gate and up" in name:
+            assert most_of / mean_of <= 33 / 32, name
     assert busiest / mean <= step
 
 

@@ -11,6 +11,7 @@ _cores = op("cores")
 _topology = op("topology")
 _topology_below = op("topology_below")
 _owned_ranges = op("owned_ranges")
+_owned_lists = op("owned_lists")
 _isa_tier = op("isa_tier")
 _force_isa_tier = op("force_isa_tier")
 _cpu_features = op("cpu_features")
@@ -56,6 +57,11 @@ def topology_below(root: str, allowed: list[int]) -> str:
 def owned_ranges(n: int, threads: int, turn: int) -> str:
     """Begin and end of what each thread owns of `n` units, one a line."""
     return _owned_ranges(n, threads, turn)  # type: ignore[no-any-return]
+
+
+def owned_lists(what: str, n: int, at: int, lists: int, threads: int) -> str:
+    """`runtime.owned_lists` as text."""
+    return _owned_lists(what, n, at, lists, threads)  # type: ignore[no-any-return]
 
 
 def isa_tier() -> str:

@@ -126,6 +126,15 @@ def owned_ranges(n: int, threads: int, turn: int) -> list[range]:
     return [range(*map(int, line.split())) for line in lines]
 
 
+def owned_lists(what: str, n: int, lists: int, threads: int) -> list[list[range]]:
+    """Which panels each thread owns of each of `lists` equal matrices that experts are, at few rows.
+
+    what  "gate_up": `n` pairs of panels, a panel of gate and one of up by turns; "down": `n` panels
+    """
+    found = [control.owned_lists(what, n, at, lists, threads) for at in range(lists)]
+    return [[range(*map(int, line.split())) for line in text.splitlines()] for text in found]
+
+
 def num_threads() -> int:
     """Threads of the team, the caller's included."""
     return control.num_threads()
