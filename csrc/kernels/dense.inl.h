@@ -219,7 +219,7 @@ struct MlpPlan {
         h(b.take<bf16>(a.n * a.gate_up.layout.rows)),
         hq(b, nt, a.down.layout.format, a.n, a.down.layout.cols),
         parted(a.n <= kPartRows && pairs_part(a.gate_up.layout.row_panels(), 1, nt) ? b.take<float>(a.n * nt * 32)
-                                                                                 : nullptr) {}
+                                                                                    : nullptr) {}
 };
 
 template <class Isa>

@@ -317,8 +317,12 @@ void moe(const Ctx& ctx, const void* p) {
         return GateUp{panels_of(a.shared_gate_up, 0), sx, a.n, plan.shared_gated, sl.rows, plan.parted};
       const int64_t e = groups.active[list - others], row0 = groups.first[e];
       float* parted = plan.parted + (others * a.n + groups.live[e]) * ctx.nt * 32;
-      return GateUp{panels_of(a.gate_up, e), plan.single ? x : x.from(row0), groups.count[e],
-                    plan.gated + row0 * inter, inter, parted};
+      return GateUp{panels_of(a.gate_up, e),
+                    plan.single ? x : x.from(row0),
+                    groups.count[e],
+                    plan.gated + row0 * inter,
+                    inter,
+                    parted};
     });
   } else {
     if (a.shared) {

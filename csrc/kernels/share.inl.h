@@ -9,14 +9,14 @@ namespace {
 
 // Runs fn(owner, list, begin, end) over every unit of every list. Thread t owns share(list, t) of each and
 // takes it front to back, list by list, at most `most` units at a time, fewer towards the end. Then it
-// takes from the few threads whose number differs from its own in one bit, so that a thread that the
-// system held up does not hold up all. Who computes a unit never changes its result.
+// helps a few threads of its memory node, so that a thread that the system held up does not hold up all.
+// Who computes a unit never changes its result.
 template <class Share, class Fn>
 LC_INLINE void each_share(const Ctx& ctx, int64_t lists, int64_t most, const Share& share, const Fn& fn) {
   Shares::Share* const shares = ctx.open_phase();
-  for (int bit = 0; bit <= ctx.nt; bit = bit == 0 ? 1 : 2 * bit) {
-    const int of = ctx.tid ^ bit;
-    if (of >= ctx.nt) continue;
+  for (int bit = 0; bit < ctx.node.size(); bit = bit == 0 ? 1 : 2 * bit) {
+    const int of = helped(ctx.node, ctx.tid, bit);
+    if (of < 0) continue;
     std::atomic<int64_t>& taken = shares[of].taken;
     int64_t total = 0;
     for (int64_t list = 0; list < lists; ++list) total += share(list, of).size();

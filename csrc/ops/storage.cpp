@@ -99,15 +99,32 @@ std::string text(const Topology& t) {
   return out;
 }
 std::string topology() { return text(this_topology()); }
-std::string topology_below(std::string root, Desc allowed) {
-  const Call c("topology_below", true);
+Topology below(const Call& c, const std::string& root, Desc allowed) {
   if (allowed.empty()) c.fail("allowed", "at least one processor", "none");
   std::vector<int> cpus;
   for (const int64_t cpu : allowed) {
     c.range("allowed", cpu, 0, 1 << 16);
     cpus.push_back(static_cast<int>(cpu));
   }
-  return text(read_topology(root, cpus));
+  return read_topology(root, cpus);
+}
+std::string topology_below(std::string root, Desc allowed) {
+  return text(below(Call("topology_below", true), root, allowed));
+}
+// For each of `threads` threads there, whose work it takes, in order: its own first.
+std::string help_below(std::string root, Desc allowed, int64_t threads) {
+  const Call c("help_below", true);
+  const Topology topology = below(c, root, allowed);
+  c.range("threads", threads, 1, static_cast<int64_t>(topology.cores.size()));
+  const std::vector<Range> near = node_mates(topology.place(static_cast<int>(threads)));
+  std::string out;
+  for (int t = 0; t < threads; ++t) {
+    const Range node = near[static_cast<size_t>(t)];
+    for (int bit = 0; bit < node.size(); bit = bit == 0 ? 1 : 2 * bit)
+      if (const int of = helped(node, t, bit); of >= 0) out += std::to_string(of) + " ";
+    out += "\n";
+  }
+  return out;
 }
 std::string owned_ranges(int64_t n, int64_t threads, int64_t turn) {
   const Call c("owned_ranges", true);
@@ -132,8 +149,8 @@ std::string owned_lists(std::string what, int64_t n, int64_t at, int64_t lists, 
   c.range("threads", threads, 1, 1024);
   std::string out;
   for (int64_t t = 0; t < threads; ++t) {
-    const Range r =
-        what == "down" ? owned_columns(n, at, lists, t, threads) : owned_panels(n, at, lists, t, threads);
+    const Range r = what == "down" ? owned_columns(n, at, lists, t, threads)
+                                   : owned_panels(n, at, lists, t, threads);
     out += std::to_string(r.begin) + " " + std::to_string(r.end) + "\n";
   }
   return out;
@@ -143,6 +160,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(latentcore, m) {
   m.def("pack_version() -> int");
   m.def("topology() -> str");
   m.def("topology_below(str root, int[] allowed) -> str");
+  m.def("help_below(str root, int[] allowed, int threads) -> str");
   m.def("owned_ranges(int n, int threads, int turn) -> str");
   m.def("owned_lists(str what, int n, int at, int lists, int threads) -> str");
 }
@@ -150,6 +168,7 @@ STABLE_TORCH_LIBRARY_IMPL(latentcore, CompositeExplicitAutograd, m) {
   m.impl("pack_version", TORCH_BOX(&pack_version));
   m.impl("topology", TORCH_BOX(&topology));
   m.impl("topology_below", TORCH_BOX(&topology_below));
+  m.impl("help_below", TORCH_BOX(&help_below));
   m.impl("owned_ranges", TORCH_BOX(&owned_ranges));
   m.impl("owned_lists", TORCH_BOX(&owned_lists));
 }

@@ -57,6 +57,14 @@ static constexpr Range owned_among(int64_t n, int64_t first, int64_t total, int6
   return {clip(all.begin), clip(all.end)};
 }
 
+// Whose work thread t takes in round `bit` (0, 1, 2, 4, ...): its own, then that of the threads of its
+// memory node [begin, end) whose number within the node differs from its own in one bit; -1 where there is
+// no such thread. Rows of other nodes would come from far memory.
+static constexpr int helped(Range node, int t, int bit) {
+  const int64_t of = node.begin + ((t - node.begin) ^ bit);
+  return of < node.end ? static_cast<int>(of) : -1;
+}
+
 // The thread that owns byte `at` of `bytes` that are `groups` equal pieces, each shared out over all
 // threads (experts), or one (groups 1).
 static constexpr int owner_of_byte(int64_t at, int64_t bytes, int64_t groups, int nt) {

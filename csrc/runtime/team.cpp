@@ -94,12 +94,20 @@ struct Team::Impl {
   std::vector<Phase> phases = std::vector<Phase>(1);  // one a thread
   int n = 1;
   std::vector<Core> cores;  // of each thread; none where they are more than cores, and not pinned
+  std::vector<Range> near = {{0, 1}};  // for each thread, those of its memory node
   bool several_nodes = false;
 
   void region(int tid) {
     Stamps* const stamps = profile == nullptr ? nullptr : &profile->thread(tid);
     if (stamps != nullptr) stamps->note();
-    const Ctx ctx{tid, n, scratch, &barrier, stamps, shares.get(), &phases[static_cast<size_t>(tid)].count};
+    const Ctx ctx{tid,
+                  n,
+                  near[static_cast<size_t>(tid)],
+                  scratch,
+                  &barrier,
+                  stamps,
+                  shares.get(),
+                  &phases[static_cast<size_t>(tid)].count};
     // Read once: behind the last barrier the caller may already have set the next region's nodes.
     const Node* const list = nodes;
     const size_t length = count;
@@ -151,6 +159,7 @@ struct Team::Impl {
     const Topology topology = this_topology();
     cores.clear();
     if (threads <= static_cast<int>(topology.cores.size())) cores = topology.place(threads);
+    near = cores.empty() ? std::vector<Range>(static_cast<size_t>(threads), {0, threads}) : node_mates(cores);
     several_nodes = topology.nodes() > 1;
     for (int t = 1; t < threads; ++t) {
       workers.emplace_back([this, t] { work(t); });

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "runtime/ownership.h"
 #include "runtime/profile.h"
 
 namespace lc {
@@ -61,6 +62,7 @@ class Shares {
 struct Ctx {
   int tid;
   int nt;
+  Range node;  // the threads of this one's memory node
   uint8_t* scratch;
   Barrier* barrier_;
   Stamps* stamps_;  // none unless the team is profiled

@@ -118,6 +118,16 @@ std::vector<Core> Topology::place(int n) const {
   return out;
 }
 
+std::vector<Range> node_mates(const std::vector<Core>& placed) {
+  std::vector<Range> out;
+  const int64_t n = static_cast<int64_t>(placed.size());
+  for (int64_t begin = 0, end = 0; begin < n; begin = end) {
+    while (end < n && placed[static_cast<size_t>(end)].node == placed[static_cast<size_t>(begin)].node) ++end;
+    out.insert(out.end(), static_cast<size_t>(end - begin), Range{begin, end});
+  }
+  return out;
+}
+
 Topology read_topology(const std::string& root, const std::vector<int>& allowed) {
   Topology out;
   out.logical = std::max<int>(1, static_cast<int>(allowed.size()));

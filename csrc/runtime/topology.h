@@ -4,6 +4,8 @@
 #include <string>
 #include <vector>
 
+#include "runtime/ownership.h"
+
 namespace lc {
 
 // One physical core, by the first of its logical processors that may be used.
@@ -25,6 +27,9 @@ struct Topology {
   // The core of each of n threads, n at most cores.size(): in order, and evenly over the nodes.
   std::vector<Core> place(int n) const;
 };
+
+// For each of the cores that threads were placed on, the range of those in its memory node.
+std::vector<Range> node_mates(const std::vector<Core>& placed);
 
 // Reads sysfs and procfs below `root` ("" for this machine), for a process that may use the logical
 // processors `allowed`. What cannot be read counts as one node, one socket, a core a processor.

@@ -1421,6 +1421,7 @@ PLAIN_SAMPLES: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "cores": _NOTHING,
     "topology": _NOTHING,
     "topology_below": ({"root": "", "allowed": [0]}, {"root": "/nowhere", "allowed": [3, 5]}),
+    "help_below": ({"root": "/nowhere", "allowed": [3, 5], "threads": 2},),
     "owned_ranges": ({"n": 10, "threads": 3, "turn": 7},),
     "owned_lists": (
         {"what": "gate_up", "n": 10, "at": 1, "lists": 2, "threads": 7},

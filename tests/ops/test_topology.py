@@ -154,6 +154,35 @@ def test_quotas_of_control_groups(
     assert found.threads == min(6, expected or 6)
 
 
+def node_of_threads(cores: Sequence[Core], threads: int) -> list[int]:
+    """Threads lie evenly over the cores."""
+    return [cores[t * len(cores) // threads].node for t in range(threads)]
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 8, 2), (2, 1, 16, 2), (2, 3, 5, 1), (4, 2, 3, 1)], ids=str
+)
+def test_help_stays_in_the_memory_node(tmp_path: Path, shape: tuple[int, int, int, int]) -> None:
+    """With every number of threads: own work first, then that of others of the node, and help
+    reaches each of them, directly or by way of others."""
+    machine = Machine(tmp_path, *shape)
+    cores = topology_below(tmp_path, machine.cpus).cores
+    for threads in range(1, len(cores) + 1):
+        node = node_of_threads(cores, threads)
+        found = runtime.help_below(tmp_path, machine.cpus, threads)
+        assert len(found) == threads
+        for t, helped in enumerate(found):
+            mates = [other for other in range(threads) if node[other] == node[t]]
+            assert helped[0] == t
+            assert len(set(helped)) == len(helped) <= 1 + len(mates).bit_length()
+            assert set(helped) <= set(mates)
+            assert all(t in found[other] for other in helped), "help goes both ways"
+            reached = {t}
+            while more := {h for other in reached for h in found[other]} - reached:
+                reached |= more
+            assert reached == set(mates)
+
+
 def test_oversubscription_is_told(tmp_path: Path) -> None:
     Machine(tmp_path, 2, 2, 2, 2)
     found = topology_below(tmp_path, range(16))

@@ -10,6 +10,7 @@ _num_threads = op("num_threads")
 _cores = op("cores")
 _topology = op("topology")
 _topology_below = op("topology_below")
+_help_below = op("help_below")
 _owned_ranges = op("owned_ranges")
 _owned_lists = op("owned_lists")
 _isa_tier = op("isa_tier")
@@ -52,6 +53,11 @@ def topology() -> str:
 def topology_below(root: str, allowed: list[int]) -> str:
     """The same from copies of sysfs and procfs, with an affinity mask."""
     return _topology_below(root, allowed)  # type: ignore[no-any-return]
+
+
+def help_below(root: str, allowed: list[int], threads: int) -> str:
+    """`runtime.help_below` as text, a line a thread."""
+    return _help_below(root, allowed, threads)  # type: ignore[no-any-return]
 
 
 def owned_ranges(n: int, threads: int, turn: int) -> str:

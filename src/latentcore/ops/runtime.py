@@ -113,6 +113,13 @@ def topology_below(root: Path, allowed: Sequence[int]) -> Topology:
     return _parsed(control.topology_below(str(root), list(allowed)))
 
 
+def help_below(root: Path, allowed: Sequence[int], threads: int) -> list[list[int]]:
+    """Whose work each of `threads` threads takes on the machine of `topology_below`, in order: its
+    own, then that of a few threads of its memory node. At most one thread a core."""
+    lines = control.help_below(str(root), list(allowed), threads).splitlines()
+    return [list(map(int, line.split())) for line in lines]
+
+
 def _parsed(text: str) -> Topology:
     first, *lines = text.splitlines()
     quota, logical, threads = map(int, first.split())
