@@ -51,10 +51,116 @@ void norm(const Ctx& ctx, const void* p) {
   }
 }
 
+// ---- one matrix whose panels do not share out evenly --------------------------------------------
+
+// Threads then share panels along K, in pieces of 128: int8 sums are exact, and FP8 adds 128-blocks in order
+// anyway, so that the bits are those of a panel that one thread computes. Chains of bf16 cannot be cut.
+constexpr int64_t kPieceRows = 3;
+
+template <Format F>
+constexpr int64_t kPieceBlocks = kFp8Block / block_k(F);
+
+struct PiecesPlan {
+  float* sums;  // [panels, pieces, rows, 16]; none where the matrix is not cut
+  int64_t pieces;
+  PiecesPlan(Bump& b, const Layout& l, int64_t n, int nt) : pieces(ceil_div(l.cols, kFp8Block)) {
+    const bool cut = (l.format == Format::INT8 || l.format == Format::FP8) && n <= kPieceRows;
+    sums = cut && uneven(l.panels(), nt) ? b.take<float>(l.panels() * pieces * n * 16) : nullptr;
+  }
+};
+
+// Sums of pieces [k0, k1) of a panel: in FP8 each for itself, in int8 all at k0.
+template <class Isa, Format F>
+void piece_sums(const Panels& w, int64_t panel, int64_t k0, int64_t k1, const Act& a, int m, float* sums) {
+  constexpr int64_t kBlockBytes = block_k(F) / k_per_line(F) * 64;
+  const int64_t blocks = w.lines * 64 / kBlockBytes, most = F == Format::FP8 ? 1 : k1 - k0;
+  alignas(64) float c[kPieceRows * kTileCols];
+  for (int64_t k = k0; k < k1; k += most) {
+    const int64_t block = k * kPieceBlocks<F>, count = tmin(most * kPieceBlocks<F>, blocks - block);
+    Act at = a;
+    at.base += block * a.block_stride;
+    run_tile<Isa, F>(m, 1, at, w.base + panel * w.stride + block * kBlockBytes, w.stride, count, {count, 0}, c);
+    for (int i = 0; i < m; ++i) vstore(sums + (k * m + i) * 16, vload(c + i * kTileCols));
+  }
+}
+
+// The results of a panel from the sums of its pieces; those of int8 stand where a thread's share begins.
+template <Format F, class Begins>
+void join_pieces(const Panels& w, int64_t panel, int64_t pieces, const Begins& begins, const Act& a, int m,
+                 const float* sums, const Sink& sink) {
+  alignas(64) float c[kPieceRows * kTileCols] = {};
+  const uint8_t* at = w.base + panel * w.stride;
+  for (int64_t k = 0; k < pieces; ++k) {
+    if (F == Format::INT8 && !begins(k)) continue;
+    for (int i = 0; i < m; ++i) {
+      const float* from = sums + (k * m + i) * 16;
+      float* to = c + i * kTileCols;
+      if constexpr (F == Format::FP8) {
+        const vf scale = vset1(*block_scale(w, at, k));
+        vstore(to, k == 0 ? vmul(vload(from), scale) : vfma(vload(from), scale, vload(to)));
+      } else {
+        int32_t sum[16], more[16];
+        std::memcpy(sum, from, 64);
+        std::memcpy(more, to, 64);
+        for (int j = 0; k > 0 && j < 16; ++j) sum[j] += more[j];
+        std::memcpy(to, sum, 64);
+      }
+    }
+  }
+  finish<F>(w, at, 1, a.scale, m, c);
+  sink(0, m, panel, 1, c);
+}
+
+template <class Isa, Format F>
+void pieces_gemm(const Ctx& ctx, const Weight& weight, const Act& a, int64_t n, const PiecesPlan& plan,
+                 const Sink& sink) {
+  const Panels w = panels_of(weight, 0);
+  const int64_t panels = weight.layout.panels(), pieces = plan.pieces;
+  const int m = static_cast<int>(n);
+  const auto own = [&](int t) { return owned_pieces(panels, pieces, t, ctx.nt); };
+  const auto sums_of = [&](int64_t panel) { return plan.sums + panel * pieces * n * 16; };
+  const Range mine = own(ctx.tid);
+  for (int64_t u = mine.begin; u < mine.end;) {
+    const int64_t panel = u / pieces, end = tmin(mine.end, (panel + 1) * pieces);
+    if (end - u < pieces) piece_sums<Isa, F>(w, panel, u % pieces, end - panel * pieces, a, m, sums_of(panel));
+    u = end;
+  }
+  const auto whole = [&](int64_t, int t) {
+    const Range r = own(t);
+    const int64_t begin = ceil_div(r.begin, pieces);
+    return Range{begin, tmax(begin, r.end / pieces)};
+  };
+  each_share(ctx, 1, kPanelsAtOnce, whole,
+             [&](int, int64_t, int64_t p0, int64_t p1) { gemm<Isa>(w, p0, p1, a, n, sink); });
+  ctx.barrier();
+  // Panels of several threads, by the one that computed the last piece.
+  const int64_t panel = mine.begin / pieces;
+  if (mine.size() == 0 || mine.begin % pieces == 0 || mine.end < (panel + 1) * pieces) return;
+  const auto begins = [&](int64_t k) {
+    if (k == 0) return true;
+    int t = ctx.tid;
+    while (own(t).begin > panel * pieces + k) --t;
+    return own(t).begin == panel * pieces + k;
+  };
+  join_pieces<F>(w, panel, pieces, begins, a, m, sums_of(panel), sink);
+}
+
+// A whole matrix by n rows, shared out among the threads. Without a barrier behind; where it is cut, there is
+// one inside.
+template <class Isa>
+void linear_gemm(const Ctx& ctx, const Weight& w, const Act& a, int64_t n, int64_t turn, const PiecesPlan& plan,
+                 const Sink& sink) {
+  if (plan.sums == nullptr) return shared_gemm<Isa>(ctx, w, a, n, 1, turn, sink);
+  if (w.layout.format == Format::FP8) return pieces_gemm<Isa, Format::FP8>(ctx, w, a, n, plan, sink);
+  pieces_gemm<Isa, Format::INT8>(ctx, w, a, n, plan, sink);
+}
+
 template <class Isa>
 struct LinearPlan {
   ActSlot<Isa> x;
-  LinearPlan(Bump& b, const LinearArgs& a, int nt) : x(b, nt, a.w.layout.format, a.n, a.w.layout.cols) {}
+  PiecesPlan cut;
+  LinearPlan(Bump& b, const LinearArgs& a, int nt)
+      : x(b, nt, a.w.layout.format, a.n, a.w.layout.cols), cut(b, a.w.layout, a.n, nt) {}
 };
 
 template <class Isa>
@@ -70,7 +176,7 @@ void linear(const Ctx& ctx, const void* p) {
     else
       store_tile_bf16(static_cast<bf16*>(a.out), l.rows, l.rows, m0, m, panel, np, c);
   };
-  shared_gemm<Isa>(ctx, a.w, x, a.n, 1, 0, sink_of(store));
+  linear_gemm<Isa>(ctx, a.w, x, a.n, 0, plan.cut, sink_of(store));
 }
 
 // (matrix, panels) units of a stack of matrices that share out evenly: calls f(matrix, p0, p1).
@@ -213,11 +319,13 @@ struct MlpPlan {
   ActSlot<Isa> x;
   bf16* h;
   ActSlot<Isa> hq;
+  PiecesPlan cut;
   float* parted;  // none where pairs share out evenly
   MlpPlan(Bump& b, const MlpArgs& a, int nt)
       : x(b, nt, a.gate_up.layout.format, a.n, a.gate_up.layout.cols),
         h(b.take<bf16>(a.n * a.gate_up.layout.rows)),
         hq(b, nt, a.down.layout.format, a.n, a.down.layout.cols),
+        cut(b, a.down.layout, a.n, nt),
         parted(a.n <= kPartRows && pairs_part(a.gate_up.layout.row_panels(), 1, nt) ? b.take<float>(a.n * nt * 32)
                                                                                     : nullptr) {}
 };
@@ -243,7 +351,7 @@ void mlp(const Ctx& ctx, const void* p) {
   auto store = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
     store_tile_bf16(a.out, d.rows, d.rows, m0, m, panel, np, c);
   };
-  shared_gemm<Isa>(ctx, a.down, h, a.n, 1, 1, sink_of(store));
+  linear_gemm<Isa>(ctx, a.down, h, a.n, 1, plan.cut, sink_of(store));
 }
 
 }  // namespace

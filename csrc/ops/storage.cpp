@@ -155,6 +155,19 @@ std::string owned_lists(std::string what, int64_t n, int64_t at, int64_t lists, 
   }
   return out;
 }
+// Shares of one matrix at few rows, in pieces along K.
+std::string owned_pieces(int64_t panels, int64_t pieces, int64_t threads) {
+  const Call c("owned_pieces", true);
+  c.range("panels", panels, 0, int64_t{1} << 24);
+  c.range("pieces", pieces, 1, 1 << 20);
+  c.range("threads", threads, 1, 1024);
+  std::string out;
+  for (int64_t t = 0; t < threads; ++t) {
+    const Range r = lc::owned_pieces(panels, pieces, t, threads);
+    out += std::to_string(r.begin) + " " + std::to_string(r.end) + "\n";
+  }
+  return out;
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(latentcore, m) {
   m.def("pack_version() -> int");
@@ -162,6 +175,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(latentcore, m) {
   m.def("topology_below(str root, int[] allowed) -> str");
   m.def("help_below(str root, int[] allowed, int threads) -> str");
   m.def("owned_ranges(int n, int threads, int turn) -> str");
+  m.def("owned_pieces(int panels, int pieces, int threads) -> str");
   m.def("owned_lists(str what, int n, int at, int lists, int threads) -> str");
 }
 STABLE_TORCH_LIBRARY_IMPL(latentcore, CompositeExplicitAutograd, m) {
@@ -170,6 +184,7 @@ STABLE_TORCH_LIBRARY_IMPL(latentcore, CompositeExplicitAutograd, m) {
   m.impl("topology_below", TORCH_BOX(&topology_below));
   m.impl("help_below", TORCH_BOX(&help_below));
   m.impl("owned_ranges", TORCH_BOX(&owned_ranges));
+  m.impl("owned_pieces", TORCH_BOX(&owned_pieces));
   m.impl("owned_lists", TORCH_BOX(&owned_lists));
 }
 

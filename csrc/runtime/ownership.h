@@ -49,6 +49,13 @@ static constexpr Range owned_columns(int64_t n, int64_t at, int64_t of, int64_t 
   return uneven(n, nt) ? owned_in_turn(n, at, of, t, nt) : owned(n, t, nt, 0);
 }
 
+// Shares of one matrix in pieces along K, `pieces` a panel: whole panels where these share out evenly.
+static constexpr Range owned_pieces(int64_t panels, int64_t pieces, int64_t t, int64_t nt) {
+  if (uneven(panels, nt)) return owned(panels * pieces, t, nt, 0);
+  const Range r = owned(panels, t, nt, 0);
+  return {r.begin * pieces, r.end * pieces};
+}
+
 // The share of units [first, first + n) of `total` that are shared out together: of a matrix among
 // several that threads go through without a barrier between.
 static constexpr Range owned_among(int64_t n, int64_t first, int64_t total, int64_t t, int64_t nt) {

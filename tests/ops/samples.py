@@ -1423,6 +1423,7 @@ PLAIN_SAMPLES: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "topology_below": ({"root": "", "allowed": [0]}, {"root": "/nowhere", "allowed": [3, 5]}),
     "help_below": ({"root": "/nowhere", "allowed": [3, 5], "threads": 2},),
     "owned_ranges": ({"n": 10, "threads": 3, "turn": 7},),
+    "owned_pieces": ({"panels": 10, "pieces": 3, "threads": 7},),
     "owned_lists": (
         {"what": "gate_up", "n": 10, "at": 1, "lists": 2, "threads": 7},
         {"what": "down", "n": 10, "at": 0, "lists": 1, "threads": 3},

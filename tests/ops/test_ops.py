@@ -56,7 +56,7 @@ def test_matches_reference(sample: Sample, tier: str) -> None:
 
 def runs() -> list[tuple[Sample, int, str]]:
     """Each sample with two threads and in a graph; every fifth also with more threads than cores,
-    and than heads; experts with numbers of threads that part pairs of gate and up."""
+    and than heads; matrices with numbers of threads that cut their panels."""
     out = []
     for i, sample in enumerate(ALL):
         ways = [(2, "eager")]
@@ -64,7 +64,7 @@ def runs() -> list[tuple[Sample, int, str]]:
             ways += [(1, "graph"), (2, "graph")]
         if i % 5 == 0:
             ways += [(3, "eager"), (7, "eager")]
-        if sample.op in ("mlp", "moe", "moe_shared"):
+        if sample.op in ("linear", "logits", "mlp", "moe", "moe_shared"):
             ways += [
                 (threads, "eager") for threads in (3, 5, 7, 16) if (threads, "eager") not in ways
             ]
@@ -80,6 +80,24 @@ def test_same_bits_however_run(sample: Sample, main_tier: str, threads: int, mod
     plain = run(case)
     runtime.set_threads(threads)
     assert differing(plain, run(case, mode)) == []
+
+
+@pytest.mark.parametrize("n", [1, 3, 4])
+@pytest.mark.parametrize("fmt", samples.LINEAR, ids=lambda f: f.name)
+def test_panels_cut_between_threads_have_the_same_bits(tier: str, fmt: Format, n: int) -> None:
+    """28 panels by 16 threads, 7 by 16, 28 by 5 and 3: panels of two threads, of several, and whole
+    ones; K ends within a piece."""
+    g = torch.Generator().manual_seed(n)
+    x = samples.activations(g, n, 1000)
+    for rows in (440, 100):
+        w = samples.one(samples.matrix(g, fmt, rows, 1000))
+        outs = []
+        for threads in (1, 16, 5, 3):
+            runtime.set_threads(threads)
+            outs.append(samples.poison((n, rows), torch.float32))
+            dense.logits(x, w, outs[-1])
+        for out in outs[1:]:
+            assert torch.equal(bits(out), bits(outs[0]))
 
 
 ROW_OPS = frozenset(

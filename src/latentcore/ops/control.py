@@ -12,6 +12,7 @@ _topology = op("topology")
 _topology_below = op("topology_below")
 _help_below = op("help_below")
 _owned_ranges = op("owned_ranges")
+_owned_pieces = op("owned_pieces")
 _owned_lists = op("owned_lists")
 _isa_tier = op("isa_tier")
 _force_isa_tier = op("force_isa_tier")
@@ -68,6 +69,11 @@ def owned_ranges(n: int, threads: int, turn: int) -> str:
 def owned_lists(what: str, n: int, at: int, lists: int, threads: int) -> str:
     """`runtime.owned_lists` as text."""
     return _owned_lists(what, n, at, lists, threads)  # type: ignore[no-any-return]
+
+
+def owned_pieces(panels: int, pieces: int, threads: int) -> str:
+    """`runtime.owned_pieces` as text."""
+    return _owned_pieces(panels, pieces, threads)  # type: ignore[no-any-return]
 
 
 def isa_tier() -> str:

@@ -134,12 +134,19 @@ def owned_ranges(n: int, threads: int, turn: int) -> list[range]:
 
 
 def owned_lists(what: str, n: int, lists: int, threads: int) -> list[list[range]]:
-    """Which panels each thread owns of each of `lists` equal matrices that experts are, at few rows.
+    """Which panels each thread owns of each of `lists` equal experts, at few rows.
 
     what  "gate_up": `n` pairs of panels, a panel of gate and one of up by turns; "down": `n` panels
     """
     found = [control.owned_lists(what, n, at, lists, threads) for at in range(lists)]
     return [[range(*map(int, line.split())) for line in text.splitlines()] for text in found]
+
+
+def owned_pieces(panels: int, pieces: int, threads: int) -> list[range]:
+    """Which pieces each thread owns of one int8 or FP8 matrix at few rows; a panel is `pieces` of
+    them along K."""
+    lines = control.owned_pieces(panels, pieces, threads).splitlines()
+    return [range(*map(int, line.split())) for line in lines]
 
 
 def num_threads() -> int:
