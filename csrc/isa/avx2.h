@@ -339,24 +339,29 @@ struct Avx2 {
   // Operations of `iters` rounds of the format's best instruction, in registers.
   template <Format F>
   static int64_t peak_round(int64_t iters) {
-    if constexpr (F == Format::INT8) {
-      __m256i acc[12] = {}, w = _mm256_set1_epi16(2);
+    constexpr Format kOf = F == Format::INT8 ? F : Format::F32;
+    alignas(64) uint32_t operands[16];
+    random_operands<kOf>(operands, 16);
+    const __m256i a = _mm256_load_si256(reinterpret_cast<const __m256i*>(operands));
+    const __m256i w = _mm256_load_si256(reinterpret_cast<const __m256i*>(operands + 8));
+    if constexpr (kOf == Format::INT8) {
+      __m256i acc[12] = {};
       for (int64_t i = 0; i < iters; ++i) {
         LC_UNROLL
         for (int j = 0; j < 12; ++j) {
-          __m256i a = _mm256_set1_epi16(1);
-          __asm__ volatile("" : "+x"(a));
-          acc[j] = _mm256_add_epi32(acc[j], _mm256_madd_epi16(a, w));
+          __m256i x = a;
+          __asm__ volatile("" : "+x"(x));
+          acc[j] = _mm256_add_epi32(acc[j], _mm256_madd_epi16(x, w));
           __asm__ volatile("" : "+x"(acc[j]));
         }
       }
       return iters * 12 * 32;
     } else {
-      __m256 acc[12] = {}, a = _mm256_set1_ps(1.0f), w = _mm256_set1_ps(1.5f);
+      __m256 acc[12] = {};
       for (int64_t i = 0; i < iters; ++i) {
         LC_UNROLL
         for (int j = 0; j < 12; ++j) {
-          acc[j] = madd(a, w, acc[j]);
+          acc[j] = madd(_mm256_castsi256_ps(a), _mm256_castsi256_ps(w), acc[j]);
           __asm__ volatile("" : "+x"(acc[j]));
         }
       }

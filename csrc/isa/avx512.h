@@ -290,8 +290,12 @@ struct Avx512 {
   // Operations of `iters` rounds of the format's best instruction, in registers.
   template <Format F>
   static int64_t peak_round(int64_t iters) {
-    if constexpr (F == Format::INT8) {
-      __m512i acc[12] = {}, a = _mm512_set1_epi8(1), w = _mm512_set1_epi8(2);
+    constexpr Format kOf = F == Format::INT8 || (F == Format::BF16 && HasBf16) ? F : Format::F32;
+    alignas(64) uint32_t operands[32];
+    random_operands<kOf>(operands, 32);
+    const __m512i a = _mm512_load_si512(operands), w = _mm512_load_si512(operands + 16);
+    if constexpr (kOf == Format::INT8) {
+      __m512i acc[12] = {};
       for (int64_t i = 0; i < iters; ++i) {
         LC_UNROLL
         for (int j = 0; j < 12; ++j) {
@@ -300,27 +304,19 @@ struct Avx512 {
         }
       }
       return iters * 12 * 128;
-    } else if constexpr (F == Format::BF16 && HasBf16) {
-      __m512 acc[12] = {};
-      __m512i a = _mm512_set1_epi32(0x3f803f80), w = a;
-      for (int64_t i = 0; i < iters; ++i) {
-        LC_UNROLL
-        for (int j = 0; j < 12; ++j) {
-          acc[j] = _mm512_dpbf16_ps(acc[j], (__m512bh)a, (__m512bh)w);
-          __asm__ volatile("" : "+v"(acc[j]));
-        }
-      }
-      return iters * 12 * 64;
     } else {
-      __m512 acc[12] = {}, a = _mm512_set1_ps(1.0f), w = _mm512_set1_ps(1.5f);
+      __m512 acc[12] = {};
       for (int64_t i = 0; i < iters; ++i) {
         LC_UNROLL
         for (int j = 0; j < 12; ++j) {
-          acc[j] = _mm512_fmadd_ps(a, w, acc[j]);
+          if constexpr (kOf == Format::BF16)
+            acc[j] = _mm512_dpbf16_ps(acc[j], (__m512bh)a, (__m512bh)w);
+          else
+            acc[j] = _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(w), acc[j]);
           __asm__ volatile("" : "+v"(acc[j]));
         }
       }
-      return iters * 12 * 32;
+      return iters * 12 * (kOf == Format::BF16 ? 64 : 32);
     }
   }
 

@@ -213,7 +213,18 @@ void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next
 template <Format F>
 int64_t Amx::peak_round(int64_t iters) {
   if constexpr (F == Format::F32) return Avx512<true, true>::peak_round<F>(iters);
+  alignas(64) uint32_t operands[4 * 256];
+  random_operands<F == Format::INT8 ? F : Format::BF16>(operands, 4 * 256);
   configure_tiles(16);
+  tile_fence();
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_loadd(4, operands, 64);
+  _tile_loadd(5, operands + 256, 64);
+  _tile_loadd(6, operands + 512, 64);
+  _tile_loadd(7, operands + 768, 64);
   for (int64_t i = 0; i < iters; ++i) {
     LC_DOT(0, 4, 6);
     LC_DOT(1, 4, 7);
