@@ -63,6 +63,7 @@ LC_INLINE vf vadd(vf a, vf b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps
 LC_INLINE vf vsub(vf a, vf b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
 LC_INLINE vf vmul(vf a, vf b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
 LC_INLINE vf vdiv(vf a, vf b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+LC_INLINE vf vrecip(vf a) { return vdiv({_mm256_set1_ps(1.0f), _mm256_set1_ps(1.0f)}, a); }
 LC_INLINE vf vfma(vf a, vf b, vf c) {
   return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }
@@ -112,6 +113,14 @@ LC_INLINE vf vmax_magnitude(vf most, vf a) {
   };
   const vf size = vabs(a);
   return {half(most.lo, size.lo), half(most.hi, size.hi)};
+}
+LC_INLINE void vjoin_pairs(vf even, vf odd, vf& a, vf& b) {
+  const auto join = [](__m256 e, __m256 o, vf& to) {
+    const __m256 lo = _mm256_unpacklo_ps(e, o), hi = _mm256_unpackhi_ps(e, o);
+    to = {_mm256_permute2f128_ps(lo, hi, 0x20), _mm256_permute2f128_ps(lo, hi, 0x31)};
+  };
+  join(even.lo, odd.lo, a);
+  join(even.hi, odd.hi, b);
 }
 // One truth value a lane. Comparisons with NaN are false.
 struct vm {

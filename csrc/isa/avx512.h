@@ -52,6 +52,11 @@ LC_INLINE vf vadd(vf a, vf b) { return {_mm512_add_ps(a.v, b.v)}; }
 LC_INLINE vf vsub(vf a, vf b) { return {_mm512_sub_ps(a.v, b.v)}; }
 LC_INLINE vf vmul(vf a, vf b) { return {_mm512_mul_ps(a.v, b.v)}; }
 LC_INLINE vf vdiv(vf a, vf b) { return {_mm512_div_ps(a.v, b.v)}; }
+// 1 / a for |a| from 2^-125 to 2^125, within two units of the last place: 14 bits and a step of Newton's.
+LC_INLINE vf vrecip(vf a) {
+  const __m512 r = _mm512_rcp14_ps(a.v);
+  return {_mm512_mul_ps(r, _mm512_fnmadd_ps(a.v, r, _mm512_set1_ps(2.0f)))};
+}
 LC_INLINE vf vfma(vf a, vf b, vf c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 LC_INLINE vf vmax(vf a, vf b) { return {_mm512_max_ps(a.v, b.v)}; }
 LC_INLINE vf vmin(vf a, vf b) { return {_mm512_min_ps(a.v, b.v)}; }
@@ -72,6 +77,13 @@ LC_INLINE void vsplit_pairs(vf a, vf b, vf& even, vf& odd) {
 // The larger magnitude; a NaN counts as the largest.
 LC_INLINE vf vmax_magnitude(vf most, vf a) {
   return {_mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(most.v), _mm512_castps_si512(vabs(a).v)))};
+}
+// The reverse: even and odd places side by side.
+LC_INLINE void vjoin_pairs(vf even, vf odd, vf& a, vf& b) {
+  const __m512i ia = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i ib = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  a.v = _mm512_permutex2var_ps(even.v, ia, odd.v);
+  b.v = _mm512_permutex2var_ps(even.v, ib, odd.v);
 }
 // One truth value a lane. Comparisons with NaN are false.
 struct vm {
@@ -213,6 +225,14 @@ struct Avx512 {
   static constexpr Fetch fetch(int m, int np) {
     if (np > 1 || m > 4) return {8192, Into::kSecond};
     return {4096, m <= 2 ? Into::kTurns : Into::kFirst};
+  }
+
+  // As vstore_bf16, but subnormals become zero, which is what the products take them for.
+  LC_INLINE void store_bf16_act(bf16* p, vf a) {
+    if constexpr (HasBf16)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a.v));
+    else
+      vstore_bf16(p, a);
   }
 
   LC_INLINE WideLine widen_fp8(__m512i codes) {

@@ -67,7 +67,7 @@ LC_INLINE void act_store16(const Act& a, int64_t m, int64_t k, vf v) {
   constexpr int kBlock = 32;
   uint8_t* p = a.row(m) + k / kBlock * a.block_stride;
   if constexpr (Isa::kBf16Act)
-    vstore_bf16(reinterpret_cast<bf16*>(p) + k % kBlock, v);
+    Isa::store_bf16_act(reinterpret_cast<bf16*>(p) + k % kBlock, v);
   else {
     // Rounded to bf16 as well: every tier multiplies the same values.
     bf16 t[16];

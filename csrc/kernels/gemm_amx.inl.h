@@ -99,17 +99,19 @@ void tile_few_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next,
   }
 }
 
-// Many rows: 32 rows by 2 panels a time, K in chunks whose weights stay in the first-level cache while
-// all rows of a block pass over them.
+// Many rows: 32 rows by 2 panels a time, K in chunks whose weights stay near while all rows of a block pass
+// over them. Rows of the second half of a block keep their sums in the half of the buffer's columns that two
+// panels leave free, so that the sums lie close together.
 template <Format F>
 void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next, const Act& a, int64_t m,
                     const Sink& sink) {
-  constexpr int64_t kRows = 256;
+  constexpr int64_t kRows = 256, kHalf = kRows / 2;
   constexpr int64_t kTileBytes = 1024, kStride = kTileCols * 4;
-  constexpr int64_t kChunk = byte_coded(F) ? kFp8Block / 32 : 16;
-  constexpr int64_t kAhead = 4;  // tiles of activations that are fetched before they are used
+  constexpr int64_t kChunk = byte_coded(F) ? kFp8Block / 32 : 32;
+  constexpr int64_t kAhead = 2;  // tiles of activations that are fetched before they are used
   constexpr int64_t kLines = byte_coded(F) ? 8 : 16;  // lines of weights in memory for a tile
-  alignas(64) float total[kRows * kTileCols];
+  alignas(64) float total[kHalf * kTileCols];
+  const auto total_of = [&total](int64_t i) { return total + i % kHalf * kTileCols + i / kHalf * 32; };
   alignas(64) float sums[32 * kTileCols];
   alignas(64) uint8_t wide[byte_coded(F) ? 2 * kWideStride : 64];
   configure_tiles(16);
@@ -135,7 +137,7 @@ void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next
         tile_fence();
         for (int64_t i = 0; i < mi; i += 32) {
           const bool two = i + 16 < mi;
-          float* at = total + i * kTileCols;
+          float* at = total_of(i);
           if (F == Format::FP8 || t == 0) {
             _tile_zero(0);
             _tile_zero(1);
@@ -202,7 +204,7 @@ void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next
       }
       for (int64_t i = 0; i < mi; i += 32) {
         const int mb = static_cast<int>(tmin<int64_t>(32, mi - i));
-        float* c = total + i * kTileCols;
+        float* c = total_of(i);
         finish<F>(w, panel, np, a.scale == nullptr ? nullptr : a.scale + i0 + i, mb, c);
         sink(i0 + i, mb, p, np, c);
       }

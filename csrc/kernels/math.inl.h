@@ -27,7 +27,11 @@ LC_INLINE float exp1(float x) {
   return t[0];
 }
 LC_INLINE vf vsigmoid(vf x) { return vdiv(vset1(1.0f), vadd(vset1(1.0f), vexp(vsub(vset1(0.0f), x)))); }
-LC_INLINE vf vsilu(vf x) { return vmul(x, vsigmoid(x)); }
+// The argument of the exponential is held where its inverse is a normal number.
+LC_INLINE vf vsilu(vf x) {
+  const vf e = vexp(vmin(vsub(vset1(0.0f), x), vset1(80.0f)));
+  return vmul(x, vrecip(vadd(vset1(1.0f), e)));
+}
 
 // sum of squares of k values / k
 LC_INLINE float mean_square(const float* x, int64_t k) {
@@ -56,10 +60,28 @@ LC_INLINE void norm_row(const float* x, const float* weight, float eps, int64_t 
   }
 }
 
+// y = bf16(x)
+LC_INLINE void round_row(const float* x, int64_t k, bf16* y) {
+  int64_t i = 0;
+  for (; i + 16 <= k; i += 16) vstore_bf16(y + i, vload(x + i));
+  if (i < k) vstore_bf16_n(y + i, vload_n(x + i, static_cast<int>(k - i)), static_cast<int>(k - i));
+}
+
 // Interleaved rope (pairs 2i, 2i+1) of `dim` values by the angles of one position.
 LC_INLINE void rope_row(const float* x, const float* cos_sin, int64_t dim, float* y) {
   const int64_t half = dim / 2;
-  for (int64_t i = 0; i < half; ++i) {
+  int64_t i = 0;
+  for (; i + 16 <= half; i += 16) {
+    vf a, b, even, odd;
+    vsplit_pairs(vload(x + 2 * i), vload(x + 2 * i + 16), a, b);
+    const vf c = vload(cos_sin + i), s = vload(cos_sin + half + i);
+    even = vsub(vmul(a, c), vmul(b, s));
+    odd = vadd(vmul(b, c), vmul(a, s));
+    vjoin_pairs(even, odd, a, b);
+    vstore(y + 2 * i, a);
+    vstore(y + 2 * i + 16, b);
+  }
+  for (; i < half; ++i) {
     const float c = cos_sin[i], s = cos_sin[half + i], a = x[2 * i], b = x[2 * i + 1];
     y[2 * i] = a * c - b * s;
     y[2 * i + 1] = b * c + a * s;

@@ -48,7 +48,7 @@ LC_INLINE void write_latent(const MlaInputArgs& a, int64_t i, const float* kv) {
   norm_row(kv, a.kv_norm, a.eps, latent, to);
   float key[1024];
   rope_row(kv + latent, a.rope_table + pos * rope, rope, key);
-  for (int64_t j = 0; j < rope; ++j) to[latent + j] = float_to_bf16(key[j]);
+  round_row(key, rope, to + latent);
   for (int64_t j = latent + rope; j < a.cache.dim; ++j) to[j] = 0;
 }
 
@@ -110,12 +110,12 @@ void mla_input(const Ctx& ctx, const void* p) {
         rope_row(src + s.nope, a.rope_table + a.places.positions[i] * s.rope, s.rope, key);
         if (i < a.absorbed) {
           bf16* to = a.q_latent + (i * s.heads + h) * a.cache.dim;
-          for (int64_t j = 0; j < s.rope; ++j) to[s.latent + j] = float_to_bf16(key[j]);
+          round_row(key, s.rope, to + s.latent);
           for (int64_t j = s.latent + s.rope; j < a.cache.dim; ++j) to[j] = 0;
         } else {
           bf16* to = a.q + (i * s.heads + h) * dim;
-          for (int64_t j = 0; j < s.nope; ++j) to[j] = float_to_bf16(src[j]);
-          for (int64_t j = 0; j < s.rope; ++j) to[s.nope + j] = float_to_bf16(key[j]);
+          round_row(src, s.nope, to);
+          round_row(key, s.rope, to + s.nope);
         }
       }
     }
@@ -246,42 +246,44 @@ void attend_tile(const Act& q, int64_t rows, const Tile& tile, int64_t tokens, f
   const Act probs = act_at<Isa>(Format::BF16, mem.probs, rows, kTileTokens);
   const int64_t width = round_up(tokens, 32);
   const vf vscale = vset1(scale);
-  for (int64_t i = 0; i < rows; ++i) {
-    float* s = mem.scores + i * kTileTokens;
-    const int64_t seen = tmax<int64_t>(0, tmin<int64_t>(tokens, visible(i)));
-    if (seen == 0) {  // nothing to see here: the state stays
-      mem.alpha[i] = 1.0f;
-      for (int64_t k = 0; k < width; k += 16) act_store16<Isa>(probs, i, k, vset1(0.0f));
-      continue;
+  const auto seen_by = [&](int64_t i) { return tmax<int64_t>(0, tmin<int64_t>(tokens, visible(i))); };
+  for (int64_t i0 = 0; i0 < rows; i0 += 16) {
+    const int64_t i1 = tmin(rows, i0 + 16);
+    // Maxima of 16 rows, so that one exponential rescales them all; a row that sees nothing stays as it is.
+    float before[16] = {}, after[16] = {};
+    for (int64_t i = i0; i < i1; ++i) {
+      float* s = mem.scores + i * kTileTokens;
+      const int64_t seen = seen_by(i);
+      if (seen == 0) continue;
+      for (int64_t k = seen; k % 16 != 0; ++k) s[k] = -__builtin_inff();
+      vf top = vload(s);
+      for (int64_t k = 16; k < seen; k += 16) top = vmax(top, vload(s + k));
+      before[i - i0] = st.max[i];
+      st.max[i] = after[i - i0] = tmax(st.max[i], vhmax(top) * scale);
     }
-    for (int64_t k = seen; k < width; ++k) s[k] = -__builtin_inff();
-    vf top = vset1(-__builtin_inff());
-    for (int64_t k = 0; k < width; k += 16) {
-      const vf v = vmul(vload(s + k), vscale);
-      vstore(s + k, v);
-      top = vmax(top, v);
+    vstore(mem.alpha + i0, vexp(vsub(vload(before), vload(after))));
+    for (int64_t i = i0; i < i1; ++i) {
+      const float* s = mem.scores + i * kTileTokens;
+      const int64_t seen = seen_by(i), whole = seen / 16 * 16;
+      const vf m = vset1(st.max[i]);
+      vf sum = vset1(0.0f);
+      int64_t k = 0;
+      for (; k < whole; k += 16) {
+        const vf e = vexp(vsub(vmul(vload(s + k), vscale), m));
+        sum = vadd(sum, e);
+        act_store16<Isa>(probs, i, k, e);
+      }
+      // Hidden tokens weigh nothing at all: exp of the clamped argument would leave a trace.
+      if (k < seen) {
+        float t[16] = {};
+        vstore_n(t, vexp(vsub(vmul(vload(s + k), vscale), m)), static_cast<int>(seen - k));
+        sum = vadd(sum, vload(t));
+        act_store16<Isa>(probs, i, k, vload(t));
+        k += 16;
+      }
+      for (; k < width; k += 16) act_store16<Isa>(probs, i, k, vset1(0.0f));
+      if (seen != 0) st.sum[i] = st.sum[i] * mem.alpha[i] + vhsum(sum);
     }
-    const float m = tmax(st.max[i], vhmax(top));
-    const float alpha = st.max[i] == m ? 1.0f : exp1(st.max[i] - m);
-    vf sum = vset1(0.0f);
-    const vf vm = vset1(m);
-    const int64_t whole = seen / 16 * 16;
-    for (int64_t k = 0; k < whole; k += 16) {
-      const vf e = vexp(vsub(vload(s + k), vm));
-      sum = vadd(sum, e);
-      act_store16<Isa>(probs, i, k, e);
-    }
-    // Hidden tokens weigh nothing at all: exp of the clamped argument would leave a trace.
-    for (int64_t k = whole; k < width; k += 16) {
-      float t[16] = {};
-      if (k < seen) vstore_n(t, vexp(vsub(vload(s + k), vm)), static_cast<int>(seen - k));
-      const vf e = vload(t);
-      sum = vadd(sum, e);
-      act_store16<Isa>(probs, i, k, e);
-    }
-    st.sum[i] = st.sum[i] * alpha + vhsum(sum);
-    st.max[i] = m;
-    mem.alpha[i] = alpha;
   }
 
   auto add = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
@@ -535,7 +537,13 @@ void mla_decode(const Ctx& ctx, const void* p) {
 
 // ---- prefill: keys and values un-absorbed tile by tile -------------------------------------------
 
-constexpr int64_t kQueryRows = 96;  // query rows attended at a time; a multiple of 16 and of 12
+// Query rows attended at a time: whole register tiles, and on AMX, where many rows gain nothing, few enough
+// that their scores, values and queries stay close. A multiple of 16.
+template <class Isa>
+constexpr int64_t kQueryRows = Isa::kTiles ? 64 : 96;
+// Tiles of a head's keys and values that lie in the second-level cache while all its query rows pass over
+// them: the rows and their states, which are larger, are read once for so many tiles.
+constexpr int64_t kTilesAtOnce = 4;
 
 template <class Isa>
 struct MlaPrefillPlan {
@@ -556,13 +564,13 @@ struct MlaPrefillPlan {
     q_bytes = act_size<Isa>(Format::BF16, rows, key_dim);
     kt_bytes = kTileTokens * key_dim * 2;
     vt_bytes = kTileTokens * v_pad * 2;
-    scratch_bytes = round_up(attend_scratch_bytes<Isa>(kQueryRows), 64);
+    scratch_bytes = round_up(attend_scratch_bytes<Isa>(kQueryRows<Isa>), 64);
     state_floats = 2 * rows + rows * v_pad;
     latents = b.take<uint8_t>(
         act_size<Isa>(a.kv_b.layout.format, round_up(a.max_context, kTileTokens), a.shape.latent));
     q = b.take<uint8_t>(nt * q_bytes);
-    keys = b.take<uint8_t>(nt * KvTile::key_bytes(key_dim, kTileTokens / 16));
-    values = b.take<uint8_t>(nt * KvTile::value_bytes(v_pad / 16));
+    keys = b.take<uint8_t>(nt * kTilesAtOnce * KvTile::key_bytes(key_dim, kTileTokens / 16));
+    values = b.take<uint8_t>(nt * kTilesAtOnce * KvTile::value_bytes(v_pad / 16));
     scratch = b.take<uint8_t>(nt * scratch_bytes);
     kt = b.take<bf16>(nt * kt_bytes / 2);
     vt = b.take<bf16>(nt * vt_bytes / 2);
@@ -580,10 +588,13 @@ void mla_prefill(const Ctx& ctx, const void* p) {
   const int64_t dim = sh.nope + sh.rope, per_head = sh.nope + sh.v;
   const Panels w = panels_of(a.kv_b, 0);
 
-  const KvTile tile{plan.keys + ctx.tid * KvTile::key_bytes(plan.key_dim, kTileTokens / 16),
-                    plan.values + ctx.tid * KvTile::value_bytes(plan.v_pad / 16), plan.key_dim, plan.v_pad};
+  const auto tile_at = [&](int64_t number) {  // of kTilesAtOnce
+    const int64_t i = ctx.tid * kTilesAtOnce + number;
+    return KvTile{plan.keys + i * KvTile::key_bytes(plan.key_dim, kTileTokens / 16),
+                  plan.values + i * KvTile::value_bytes(plan.v_pad / 16), plan.key_dim, plan.v_pad};
+  };
   const Act q = act_at<Isa>(Format::BF16, plan.q + ctx.tid * plan.q_bytes, plan.rows, plan.key_dim);
-  const AttendScratch mem = attend_scratch<Isa>(plan.scratch + ctx.tid * plan.scratch_bytes, kQueryRows);
+  const AttendScratch mem = attend_scratch<Isa>(plan.scratch + ctx.tid * plan.scratch_bytes, kQueryRows<Isa>);
   bf16* kt = plan.kt + ctx.tid * plan.kt_bytes / 2;
   bf16* vt = plan.vt + ctx.tid * plan.vt_bytes / 2;
   float* base = plan.state + ctx.tid * plan.state_floats;
@@ -605,19 +616,20 @@ void mla_prefill(const Ctx& ctx, const void* p) {
     ctx.barrier();
 
     const int64_t piece = round_up(ceil_div(count, plan.parts), 16);
-    const Range units = owned(sh.heads * plan.parts, ctx.tid, ctx.nt, 0);
-    for (int64_t u = units.begin; u < units.end; ++u) {
+    const auto units = [&](int64_t, int t) { return owned(sh.heads * plan.parts, t, ctx.nt, 0); };
+    each_share(ctx, 1, 1, units, [&](int, int64_t, int64_t u, int64_t) {
       const int64_t h = u / plan.parts, r0 = u % plan.parts * piece, r1 = tmin(count, r0 + piece);
-      if (r0 >= r1) continue;
+      if (r0 >= r1) return;
       const int64_t rows = r1 - r0;
       for (int64_t i = 0; i < rows; ++i)
         act_prepare_row<Isa>(Format::BF16, q, i, a.q + ((row0 + r0 + i) * sh.heads + h) * dim, dim);
       attend_reset(st, rows);
       const int64_t first = h * per_head, p0 = first / 16, p1 = ceil_div(first + per_head, 16);
       const int64_t last = pos0 + r1;  // tokens that the last row sees
-      for (int64_t t = 0; t < last; t += kTileTokens) {
-        const int64_t tokens = tmin(kTileTokens, context - t);
-        // Keys and values of this head.
+      const auto tokens_at = [&](int64_t t) { return tmin(kTileTokens, context - t); };
+      // Keys and values of this head.
+      const auto unabsorb = [&](int64_t t, const KvTile& tile) {
+        const int64_t tokens = tokens_at(t);
         auto split = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
           for (int i = 0; i < m; ++i)
             for (int j = 0; j < np; ++j) {
@@ -653,13 +665,18 @@ void mla_prefill(const Ctx& ctx, const void* p) {
         }
         tile.pack_keys(key_rows, 0, ceil_div(tokens, 16));
         tile.pack_values(value_rows, tokens, 0, plan.v_pad / 16);
-        for (int64_t i = 0; i < rows; i += kQueryRows) {
-          const int64_t n = tmin(kQueryRows, rows - i);
+      };
+      for (int64_t t0 = 0; t0 < last; t0 += kTilesAtOnce * kTileTokens) {
+        const int64_t t1 = tmin(last, t0 + kTilesAtOnce * kTileTokens);
+        for (int64_t t = t0; t < t1; t += kTileTokens) unabsorb(t, tile_at((t - t0) / kTileTokens));
+        for (int64_t i = 0; i < rows; i += kQueryRows<Isa>) {
+          const int64_t n = tmin(kQueryRows<Isa>, rows - i);
           const int64_t pos = pos0 + r0 + i;
-          if (pos + n - 1 < t) continue;  // all of it lies in the future
           const AttendState at{st.max + i, st.sum + i, st.out + i * plan.v_pad, plan.v_pad};
-          attend_tile<Isa>(
-              q.from(i), n, WholeTile{tile}, tokens, a.scale, [&](int64_t r) { return pos + r + 1 - t; }, mem, at);
+          for (int64_t t = t0; t < tmin(t1, pos + n); t += kTileTokens)  // what lies behind is the future
+            attend_tile<Isa>(
+                q.from(i), n, WholeTile{tile_at((t - t0) / kTileTokens)}, tokens_at(t), a.scale,
+                [&](int64_t r) { return pos + r + 1 - t; }, mem, at);
         }
       }
       for (int64_t i = 0; i < rows; ++i) {
@@ -669,7 +686,7 @@ void mla_prefill(const Ctx& ctx, const void* p) {
           vstore_bf16_n(to + k, vmul(vload(st.out + i * plan.v_pad + k), inv),
                         static_cast<int>(tmin<int64_t>(16, sh.v - k)));
       }
-    }
+    });
   }
 }
 

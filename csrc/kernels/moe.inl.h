@@ -162,7 +162,8 @@ struct MoePlan {
   int64_t grouping_bytes, x_bytes, h_bytes;
   uint8_t *grouping, *x, *h, *own;
   bf16* gated;  // [rows, intermediate]
-  float* sum;   // [n, hidden]
+  float* sum;   // [panels of hidden, n, 16]
+  int64_t n;
   bool single;  // one token: every expert reads the same prepared row
   bf16* shared_gated;
   float* parted;   // of parted_gate_up, the shared expert's rows first; none where pairs share out evenly
@@ -174,7 +175,8 @@ struct MoePlan {
     Grouping g(count, a);
     grouping_bytes = count.used;
     rows = g.rows;
-    single = a.n == 1;
+    n = a.n;
+    single = n == 1;
     const Layout &gl = a.gate_up.layout, &dl = a.down.layout;
     grouping = b.take<uint8_t>(nt * grouping_bytes);
     x_bytes = act_size<Isa>(gl.format, single ? 1 : rows, gl.cols);
@@ -182,7 +184,7 @@ struct MoePlan {
     gated = b.take<bf16>(rows * gl.rows);
     h_bytes = act_size<Isa>(dl.format, rows, dl.cols);
     h = b.take<uint8_t>(h_bytes);
-    sum = b.take<float>(a.n * dl.rows);
+    sum = b.take<float>(dl.panels() * a.n * kPanelRows);
     own = nullptr;
     shared_gated = a.shared ? b.take<bf16>(a.n * a.shared_gate_up.layout.rows) : nullptr;
     const int64_t live = a.n * (a.top_k + (a.shared ? 1 : 0));
@@ -190,6 +192,9 @@ struct MoePlan {
     parted = few ? b.take<float>(live * nt * 32) : nullptr;
     results = few && uneven(dl.row_panels(), nt) ? b.take<float>(live * dl.rows) : nullptr;
   }
+  // A panel's sums of one token: a cache line, and those of all tokens side by side. In rows of `hidden` a
+  // thread's few columns would fall on few sets of its cache.
+  float* sum_of(int64_t panel, int64_t token) const { return sum + (panel * n + token) * kPanelRows; }
 };
 
 template <class Isa>
@@ -378,7 +383,6 @@ void moe(const Ctx& ctx, const void* p) {
   const auto own_columns = [&](int64_t, int t) { return owned(columns.count(), t, ctx.nt, 0); };
   each_share(ctx, 1, 2 * columns.most(), own_columns, [&](int, int64_t, int64_t begin, int64_t end) {
     const int64_t p0 = columns.first(begin), p1 = columns.first(end);
-    const int64_t c0 = p0 * 16, c1 = tmin(p1 * 16, top);
     const auto weights = [&](int64_t list) {
       return list < groups.active_count ? panels_of(a.down, groups.active[list]) : Panels{};
     };
@@ -388,25 +392,25 @@ void moe(const Ctx& ctx, const void* p) {
     };
     if (a.shared) {
       auto first = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
-        store_tile_f32(plan.sum, top, top, m0, m, panel, np, c);
+        for (int i = 0; i < m; ++i)
+          for (int q = 0; q < np; ++q) vstore(plan.sum_of(panel + q, m0 + i), vload(c + i * kTileCols + q * 16));
       };
       const Panels w = panels_of(a.shared_down, 0);
       gemm<Isa>(w, p0, p1, after(w, 0), sh, a.n, 1, sink_of(first));
     } else {
-      for (int64_t i = 0; i < a.n; ++i)
-        for (int64_t c = c0; c < c1; ++c) plan.sum[i * top + c] = 0.0f;
+      std::memset(plan.sum_of(p0, 0), 0, 4 * static_cast<size_t>((p1 - p0) * a.n * kPanelRows));
     }
     for (int64_t list = 0; list < groups.active_count; ++list) {
       const int64_t e = groups.active[list], row0 = groups.first[e];
       auto add = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
+        const int64_t row = row0 + m0, rest = groups.count[e] - m0 - m;
+        for (int64_t i = 0; i < tmin<int64_t>(rest, 32); ++i)
+          for (int q = 0; q < np; ++q) vprefetch(plan.sum_of(panel + q, groups.token[row + m + i]));
         for (int i = 0; i < m; ++i) {
-          const int64_t row = row0 + m0 + i;
-          const vf w = vset1(groups.weight[row]);
+          const vf w = vset1(groups.weight[row + i]);
           for (int q = 0; q < np; ++q) {
-            const int64_t col = (panel + q) * 16;
-            const int n = static_cast<int>(tmin<int64_t>(16, top - col));
-            float* to = plan.sum + groups.token[row] * top + col;
-            vstore_n(to, vfma(w, vload(c + i * kTileCols + q * 16), vload_n(to, n)), n);
+            float* to = plan.sum_of(panel + q, groups.token[row + i]);
+            vstore(to, vfma(w, vload(c + i * kTileCols + q * 16), vload(to)));
           }
         }
       };
@@ -414,9 +418,9 @@ void moe(const Ctx& ctx, const void* p) {
       gemm<Isa>(w, p0, p1, after(w, list + 1), h.from(row0), groups.count[e], 1, sink_of(add));
     }
     for (int64_t i = 0; i < a.n; ++i)
-      for (int64_t c = c0; c < c1; c += 16) {
-        const int n = static_cast<int>(tmin<int64_t>(16, c1 - c));
-        vstore_bf16_n(a.out + i * top + c, vload_n(plan.sum + i * top + c, n), n);
+      for (int64_t panel = p0; panel < p1; ++panel) {
+        const int n = static_cast<int>(tmin<int64_t>(16, top - panel * 16));
+        vstore_bf16_n(a.out + i * top + panel * 16, vload(plan.sum_of(panel, i)), n);
       }
   });
 }

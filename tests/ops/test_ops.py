@@ -280,6 +280,18 @@ def test_capture_is_refused_by_name(op: str, argument: str) -> None:
     case.call(**arguments)  # and the capture is over
 
 
+def test_silu_from_end_to_end(tier: str) -> None:
+    """silu(x) * x through identity weights, far beyond the ends of the exponential."""
+    g = torch.Generator().manual_seed(random.randrange(1 << 30))
+    spread = torch.logspace(-3, 3, 64, dtype=torch.float64)
+    x = (spread * (torch.rand(40, 64, generator=g, dtype=torch.float64) - 0.5)).to(BF16)
+    one = Matrix(Format.BF16, torch.eye(64).to(BF16))
+    gate_up, out = reference.pack([[one, one]]), samples.poison((40, 64), BF16)
+    dense.mlp(x, gate_up, samples.one(one), out)
+    exact = x.double() * torch.sigmoid(x.double()) * x.double()
+    assert bool(((out.double() - exact).abs() <= exact.abs() * 2.0**-8 + 1e-28).all())
+
+
 # ---- every code of the byte formats ------------------------------------------------------------
 
 
