@@ -1,5 +1,6 @@
 """The program: what goes to which stream, exit codes, and one clear line for every mistake."""
 
+import errno
 import json
 import os
 import pty
@@ -389,6 +390,51 @@ def test_bugs_are_one_line_too(
     monkeypatch.setattr(session, "answer", fail)
     assert app.main(generate(tiny_model, "--prompt", "x")) == 1
     assert "error: EngineDeadError: oh no (unexpected" in capsys.readouterr().err
+
+
+MEMORY_ERRORS = (
+    (MemoryError(), "MemoryError"),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), "Cannot allocate memory"),
+    (ImportError("libx.so: failed to map segment from shared object"), "libx.so"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: 12 bytes\nmore"), "12 bytes)"),
+    (RuntimeError("std::bad_alloc"), "std::bad_alloc"),
+)
+
+
+@pytest.mark.parametrize(("raised", "reason"), MEMORY_ERRORS)
+def test_a_failed_allocation_is_the_users_matter(
+    raised: Exception,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_model: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(session, "open_model", fail)
+    line = bad(generate(tiny_model, "--prompt", "x"), capsys)
+    assert line.startswith("error: not enough memory")
+    assert reason in line
+
+
+def test_a_limit_below_what_the_libraries_need_is_said() -> None:
+    """There some of them abort, others end the process themselves."""
+    program = (
+        "import resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (600_000_000, -1))\n"
+        "from latentcore.cli.app import main\n"
+        "sys.exit(main(['generate', '--prompt', 'x']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr == (
+        "error: not enough memory: the libraries alone need 750 MB of address space, this process "
+        "is limited to 600 MB (ulimit -v)\n"
+    )
 
 
 def test_bandwidth_is_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -262,7 +262,7 @@ def test_deltas_add_up_to_the_whole() -> None:
                 texts[choice.index] += choice.text
                 ids[choice.index] += choice.token_ids
                 logprobs[choice.index] += choice.logprobs or []
-                ends[choice.index] += choice.finished
+                ends[choice.index] += choice.finished()
     assert texts == [choice.text for choice in whole.outputs]
     assert ids == answers(whole)
     assert logprobs == [choice.logprobs for choice in whole.outputs]

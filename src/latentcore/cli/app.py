@@ -1,7 +1,9 @@
 """The `latentcore` program: its commands, and how errors leave it."""
 
+import errno
 import logging
 import os
+import resource
 import sys
 from typing import Annotated, Any
 
@@ -9,11 +11,22 @@ import typer
 
 from latentcore import __version__
 from latentcore.cli import bench, cache, chat, generate, pack, preflight, quantize, serve
-from latentcore.errors import UserError
+from latentcore.errors import InsufficientMemoryError, UserError
 
 EXIT_BUG = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+
+_LIBRARIES_BYTES = 750_000_000
+"""Address space that importing PyTorch and the tokenizer takes, at least."""
+
+_OUT_OF_MEMORY = (
+    "failed to map segment",  # the dynamic linker, for a library
+    "cannot allocate memory",
+    "can't allocate memory",  # PyTorch
+    "bad_alloc",
+    "can't start new thread",
+)
 
 _ClickException: Any = typer.BadParameter.__mro__[2]
 """The root of the exceptions that the option parser raises; typer does not export it."""
@@ -43,7 +56,7 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    pass
+    _require_address_space()
 
 
 app.command()(generate.generate)
@@ -84,6 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BUG
     except Exception as error:
+        if _lacks_memory(error):
+            return _fail(_memory_line(error))
         if sys.flags.dev_mode:
             raise
         _fail(f"{type(error).__name__}: {error} (unexpected; PYTHONDEVMODE=1 shows where)")
@@ -94,6 +109,35 @@ def main(arguments: list[str] | None = None) -> int:
 def program() -> None:
     """The entry point of the installed `latentcore` command."""
     sys.exit(main())
+
+
+def _require_address_space() -> None:
+    """Refuses a limit in which the libraries, loaded next, would abort instead of raising."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < _LIBRARIES_BYTES:
+        raise InsufficientMemoryError(
+            f"not enough memory: the libraries alone need {_LIBRARIES_BYTES / 1e6:.0f} MB of "
+            f"address space, this process is limited to {limit / 1e6:.0f} MB (ulimit -v)"
+        )
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether an allocation failed: Python's, PyTorch's, or the mapping of a library."""
+    if isinstance(error, MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error).lower()
+    return any(sign in text for sign in _OUT_OF_MEMORY)
+
+
+def _memory_line(error: Exception) -> str:
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    bound = ""
+    if limit != resource.RLIM_INFINITY:
+        bound = f"; this process is limited to {limit / 1e9:.1f} GB (ulimit -v)"
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"not enough memory{bound} ({reason})"
 
 
 def _fail(message: str) -> int:

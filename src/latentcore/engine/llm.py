@@ -93,16 +93,16 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
-        priority: Sequence[int] | None = None,
+        priority: int | Sequence[int] | None = None,
         on_output: Callable[[RequestOutput], None] | None = None,
     ) -> list[RequestOutput]:
         """Answers prompts, all together; the results are in the order of the prompts.
 
         A prompt is text, {"prompt": text} or {"prompt_token_ids": [...]}. `sampling_params` are
-        one for all or one a prompt. `on_output` is called with every output as it comes (see
-        `SamplingParams.output_kind`). `use_tqdm`: show on a terminal how many prompts are answered,
-        unless `on_output` does so. Raises RequestError before anything runs if one of the prompts
-        cannot be served.
+        one for all or one a prompt, and so is `priority` (a lower one is served first).
+        `on_output` is called with every output as it comes (see `SamplingParams.output_kind`).
+        `use_tqdm`: show on a terminal how many prompts are answered, unless `on_output` does so.
+        Raises RequestError before anything runs if one of the prompts cannot be served.
         """
         batch = _as_list(prompts)
         if not batch:
@@ -111,23 +111,18 @@ class LLM:
         prepared = [
             self._preparer.prepare(prompt, one) for prompt, one in zip(batch, params, strict=True)
         ]
-        if priority is not None and len(priority) != len(batch):
-            raise RequestError(
-                f"priority: expected one for each of {len(batch)} prompts, found {len(priority)}"
-            )
+        priorities = _priorities(priority, len(batch))
         bar = _bar(len(batch)) if use_tqdm and on_output is None else nullcontext(_no_bar)
         with self._lock, bar as advance:
             self.loaded  # noqa: B018 - raises once closed
             request_ids: list[str] = []
             finished: dict[str, RequestOutput] = {}
             try:
-                for number, request in enumerate(prepared):
+                for request, urgency in zip(prepared, priorities, strict=True):
                     request_id = str(self._requests)
                     self._requests += 1
                     request_ids.append(request_id)
-                    self._engine.add_request(
-                        request_id, request, priority=priority[number] if priority else 0
-                    )
+                    self._engine.add_request(request_id, request, priority=urgency)
                 while self._engine.has_unfinished:
                     step = self._engine.step()
                     for failure in step.failures.values():
@@ -152,6 +147,7 @@ class LLM:
         add_generation_prompt: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         use_tqdm: bool = True,
+        priority: int | Sequence[int] | None = None,
         on_output: Callable[[RequestOutput], None] | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or several, through the checkpoint's chat template.
@@ -170,7 +166,9 @@ class LLM:
             )
             for conversation in conversations
         ]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, on_output=on_output)
+        return self.generate(
+            prompts, sampling_params, use_tqdm=use_tqdm, priority=priority, on_output=on_output
+        )
 
     def chat_prompt(
         self,
@@ -245,6 +243,16 @@ def _bar(total: int) -> Iterator[Callable[[], None]]:
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=total)
         yield lambda: bar.advance(task)
+
+
+def _priorities(priority: int | Sequence[int] | None, count: int) -> list[int]:
+    if priority is None or isinstance(priority, int):
+        return [priority or 0] * count
+    if len(priority) != count:
+        raise RequestError(
+            f"priority: expected one for each of {count} prompts, found {len(priority)}"
+        )
+    return list(priority)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

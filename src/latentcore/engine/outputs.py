@@ -41,8 +41,8 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 
-    @property
     def finished(self) -> bool:
+        """Whether it is complete."""
         return self.finish_reason is not None
 
 
