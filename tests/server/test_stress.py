@@ -114,16 +114,17 @@ def test_a_long_soak_leaves_nothing_behind(
 
 
 async def fill_word_caches(server: ServerProcess) -> None:
-    """Has every thread of the server tokenize some 10,000 words that it has not seen."""
+    """Has every thread of the server tokenize some 10,000 words that it has not seen, as many a
+    request as `options` allow."""
     generator = random.Random(7)
     async with httpx2.AsyncClient(base_url=server.url, timeout=120) as client:
 
         async def tokenize() -> None:
-            words = (f"{generator.getrandbits(40):x}" for _ in range(3000))
+            words = (f"{generator.getrandbits(40):x}" for _ in range(60))
             text = " ".join(word.translate(HEX_LETTERS) for word in words)
             (await client.post("/tokenize", json={"prompt": text})).raise_for_status()
 
-        for _ in range(15):
+        for _ in range(750):
             await asyncio.gather(*(tokenize() for _ in range(32)))
 
 
