@@ -143,33 +143,74 @@ def test_chat_answers_every_line(tiny_model: Path) -> None:
     assert single.stdout == first["text"] + "\n"
 
 
-def test_chat_on_a_terminal(tiny_model: Path) -> None:
-    parent, child = pty.openpty()
-    arguments = ["chat", "--model", str(tiny_model), "--threads", "1", "--max-tokens", "4"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "latentcore", *arguments],
-        stdin=child,
-        stdout=child,
-        stderr=child,
-        close_fds=True,
-    ) as process:
+class Terminal:
+    """The program on a terminal of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.parent, child = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "latentcore", *arguments],
+            stdin=child,
+            stdout=child,
+            stderr=child,
+            close_fds=True,
+        )
         os.close(child)
-        os.write(parent, b"Hello\n/think on\nAgain\n/new\n/what\nOnce more\n/exit\n")
-        shown = b""
-        while True:
-            try:
-                piece = os.read(parent, 4096)
-            except OSError:
-                break
-            if not piece:
-                break
-            shown += piece
-        assert process.wait(60) == 0
-    os.close(parent)
-    text = shown.decode(errors="replace")
-    assert len(re.findall(r"prompt tokens", text)) == 3
+        self.text = ""
+
+    def type(self, text: str) -> None:
+        os.write(self.parent, text.encode())
+
+    def read(self) -> bool:
+        """Reads what there is; False at the end."""
+        try:
+            piece = os.read(self.parent, 4096)
+        except OSError:
+            return False
+        self.text += piece.decode(errors="replace")
+        return bool(piece)
+
+    def wait_for(self, pattern: str) -> None:
+        """Reads until the pattern stands in what was shown since the last call."""
+        while not (found := re.search(pattern, self.text)):
+            assert self.read(), self.text
+        self.text = self.text[found.end() :]
+
+    def finish(self) -> str:
+        while self.read():
+            pass
+        assert self.process.wait(60) == 0
+        os.close(self.parent)
+        return self.text
+
+
+def test_chat_on_a_terminal(tiny_model: Path) -> None:
+    terminal = Terminal("chat", "--model", str(tiny_model), "--threads", "1", "--max-tokens", "4")
+    terminal.type("Hello\n/think on\nAgain\n/new\n/what\n\n")
+    terminal.type('"""Once\n\nmore"""\n"""\nand\n"""\n/exit\n')
+    text = terminal.finish()
+    assert len(re.findall(r"prompt tokens", text)) == 4
     assert "/new" in text
     assert "Traceback" not in text
+
+
+def test_an_interrupt_on_a_terminal_stops_the_answer_alone(tiny_model: Path) -> None:
+    terminal = Terminal("chat", "--model", str(tiny_model), "--threads", "1")
+    terminal.wait_for("leave")
+    terminal.wait_for("> ")
+    terminal.process.send_signal(signal.SIGINT)
+    terminal.wait_for(r"\^D or /exit leaves")
+    terminal.type("Hello\n")
+    terminal.wait_for(r"Hello\r\n.")
+    terminal.process.send_signal(signal.SIGINT)
+    terminal.wait_for(r"\(stopped\)|prompt tokens")
+    terminal.type("/new\nAgain\n")
+    terminal.wait_for(r"Again\r\n.")
+    terminal.process.send_signal(signal.SIGINT)
+    terminal.wait_for(r"\(stopped\)|prompt tokens")
+    terminal.wait_for("> ")
+    terminal.type("\x04")
+    assert "Traceback" not in terminal.finish()
 
 
 def bad(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -341,6 +382,37 @@ def test_input_that_is_not_text(tiny_model: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr.startswith(b"error: standard input is not UTF-8")
+
+
+def test_messages_that_are_not_text(tiny_model: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "latentcore", "chat", "--model", str(tiny_model)],
+        input=b"\xff\xfe\n",
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert b"error: standard input is not UTF-8" in done.stderr
+
+
+def test_what_cannot_be_written_is_one_line(tiny_model: Path) -> None:
+    command = [sys.executable, "-m", "latentcore", *generate(tiny_model, "--prompt", "x")]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 2
+    said = done.stderr.decode().splitlines()
+    assert said[-1] == "error: No space left on device"
+    assert [line for line in said if line.startswith(("Traceback", "Exception"))] == []
+
+
+def test_closed_streams_are_nothing_to_write_to(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    assert app.main(generate(tiny_model, "--prompt", "x")) == 0
+    assert "prompt tokens" not in capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdout", None)
+    assert app.main(generate(tiny_model, "--prompt", "x")) == 0
 
 
 def test_an_interrupt_is_quiet(tiny_model: Path) -> None:

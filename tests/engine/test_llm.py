@@ -47,6 +47,7 @@ def test_parameters_one_for_all_or_one_for_each() -> None:
         assert [len(output.outputs[0].token_ids) for output in outputs] == [5, 2]
         with pytest.raises(RequestError, match="one for each of 2"):
             llm.generate(["a", "b"], [GREEDY])
+        assert len(llm.generate(["a", "b"], GREEDY, priority=1)) == 2
         with pytest.raises(RequestError, match="priority: expected one for each"):
             llm.generate(["a", "b"], GREEDY, priority=[1])
 

@@ -3,10 +3,12 @@
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from checkpoints import random_tensors, tensor_list, tiny_config, write_checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentcore.config import EngineConfig
 from latentcore.models.chunk import SequenceChunk
@@ -229,4 +231,44 @@ def test_the_path_follows_the_cost_of_expanding(fmt: str, folders: dict[str, Pat
     saved = 2 * c.kv_lora_rank + c.qk_rope_head_dim - c.qk_head_dim - c.v_head_dim
     expected = expand * (0.5 if fmt == "int8" else 1.0) / saved
     assert least == pytest.approx(expected, abs=1.5)
+    runner.close()
+
+
+# ---------------------------------------------------------------------------------------------
+# Nothing of a forward pass is computed by PyTorch
+
+
+class Called(TorchDispatchMode):
+    """Notes the names of all ops that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.names.add(func.name().partition(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+NO_ARITHMETIC = {"aten::slice", "aten::view", "aten::lift_fresh"}
+"""Views, and a tensor of a list of whole numbers: the segments of a step."""
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_no_step_falls_back_to_pytorch(folders: dict[str, Path], fmt: str) -> None:
+    runner = load(folders[fmt], use_graph=False)
+    traffic = Traffic(3, runner.config.vocab_size, runner.num_blocks)
+    with Called() as called:
+        torch.ones(2) + 1
+    assert "aten::add" in called.names  # the mode sees what there is to see
+    steps = [traffic.step() for _ in range(40)]
+    with Called() as called:
+        for chunks in steps:
+            runner.forward(chunks)
+    ours = {name for name in called.names if name.startswith("latentcore::")}
+    assert {f"latentcore::{n}" for n in ("mla_prefill_attention", "mla_decode_attention")} <= ours
+    assert {f"latentcore::{n}" for n in ("moe_shared", "mlp", "logits", "greedy")} <= ours
+    assert called.names - ours <= NO_ARITHMETIC
     runner.close()

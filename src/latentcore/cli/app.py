@@ -1,5 +1,6 @@
 """The `latentcore` program: its commands, and how errors leave it."""
 
+import contextlib
 import errno
 import logging
 import os
@@ -76,6 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
     What the user did wrong is `error: ...` on stderr and exit code 2. Set PYTHONDEVMODE=1 to see
     the traceback of anything else.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     logging.basicConfig(
         level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr
     )
@@ -92,13 +96,16 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         print(file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has gone; that includes the flush at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read our output has gone
+        _drop_output()
         return EXIT_BUG
     except Exception as error:
         if _lacks_memory(error):
             return _fail(_memory_line(error))
+        if isinstance(error, OSError) and error.errno is not None:
+            _drop_output()  # it may be what could not be written
+            place = "" if error.filename is None else f"{error.filename}: "
+            return _fail(f"{place}{error.strerror}")
         if sys.flags.dev_mode:
             raise
         _fail(f"{type(error).__name__}: {error} (unexpected; PYTHONDEVMODE=1 shows where)")
@@ -109,6 +116,12 @@ def main(arguments: list[str] | None = None) -> int:
 def program() -> None:
     """The entry point of the installed `latentcore` command."""
     sys.exit(main())
+
+
+def _drop_output() -> None:
+    """Sends what is left for standard output nowhere, so that the flush at exit cannot fail."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _require_address_space() -> None:

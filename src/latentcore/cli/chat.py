@@ -30,7 +30,13 @@ from latentcore.errors import RequestError, UserError
 if TYPE_CHECKING:
     from latentcore.engine.loading import CheckedModel
 
-_HELP = "/think on|off  let the model reason first;  /new  start over;  /exit  leave"
+_HELP = (
+    "/think on|off  let the model reason first;  /new  start over;  /exit or ^D  leave;  "
+    '^C  stop the answer;  """  begins and ends a message of several lines'
+)
+_EXIT = ("/exit", "/quit", "/bye")
+_NEW = ("/new", "/clear")
+_QUOTES = '"""'
 
 
 def chat(
@@ -90,10 +96,11 @@ def chat(
         for line in _messages(prompt):
             command, _, argument = line.partition(" ")
             if interactive and command.startswith("/"):
-                if command in ("/exit", "/quit"):
+                if command in _EXIT:
                     break
-                if command == "/new":
+                if command in _NEW:
                     messages.clear()
+                    session.write_note("(a new conversation)")
                 elif command == "/think" and argument in ("on", "off"):
                     thinking = argument == "on"
                     if thinking and not session.can_think(template):
@@ -102,12 +109,20 @@ def chat(
                     session.write_note(_HELP)
                 continue
             messages.append({"role": "user", "content": line})
+            said: list[str] = []
             try:
                 tokens = chat_prompt(
                     template, tokenizer, messages, template_kwargs={"thinking": thinking}
                 )
                 writer = session.ChatWriter(template, tokenizer, tokens, show=not json_output)
-                answer = session.answer(llm, tokens, params, writer.push)
+
+                def take(
+                    text: str, to: session.ChatWriter = writer, kept: list[str] = said
+                ) -> None:
+                    kept.append(text)
+                    to.push(text)
+
+                answer = session.answer(llm, tokens, params, take)
                 writer.finish()
             except RequestError as error:
                 if not interactive:
@@ -118,8 +133,12 @@ def chat(
             except KeyboardInterrupt:
                 if not interactive:
                     raise
-                messages.pop()
                 session.write_note("\n(stopped)")
+                # What the model has said stays, so that it can be told to go on.
+                if said and writer.content:
+                    messages.append({"role": "assistant", "content": "".join(said)})
+                else:
+                    messages.pop()
                 continue
             # The template shows "<think>" to the model; what follows is its own.
             messages.append({"role": "assistant", "content": answer.text})
@@ -140,17 +159,36 @@ def _messages(prompt: str | None) -> Iterator[str]:
         yield prompt
         return
     if not sys.stdin.isatty():
-        for line in sys.stdin:
+        for raw in sys.stdin.buffer:
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"standard input is not UTF-8 ({error.reason})") from None
             if line.strip():
-                yield line.rstrip("\n")
+                yield line.rstrip("\r\n")
         return
     import readline  # noqa: F401 - gives input() its line editing and history
 
     while True:
         try:
-            line = input("> ")
+            message = _typed()
         except EOFError:
             print(file=sys.stderr)
             return
-        if line.strip():
-            yield line.strip()
+        except KeyboardInterrupt:  # drops what was typed, as in a shell
+            print("\n(^D or /exit leaves)", file=sys.stderr)
+            continue
+        if message:
+            yield message
+
+
+def _typed() -> str:
+    """One message from the terminal: a line, or several between triple quotes."""
+    line = input("> ").strip()
+    if not line.startswith(_QUOTES):
+        return line
+    lines = [line.removeprefix(_QUOTES)]
+    while not lines[-1].rstrip().endswith(_QUOTES):
+        lines.append(input("... "))
+    lines[-1] = lines[-1].rstrip().removesuffix(_QUOTES)
+    return "\n".join(lines).strip()

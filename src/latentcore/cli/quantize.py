@@ -61,4 +61,5 @@ def quantize(
     try:
         quantize_checkpoint(folder, destination, to.value, progress)
     finally:
-        bar.stop()
+        if bar.live.is_started:
+            bar.stop()

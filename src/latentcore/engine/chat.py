@@ -130,6 +130,10 @@ def chat_prompt(
         add_generation_prompt=add_generation_prompt,
         template_kwargs=template_kwargs,
     )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"messages: not valid Unicode text ({error.reason})") from None
     return {"prompt_token_ids": tokenizer.encode(text, add_begin=False)}
 
 
