@@ -108,6 +108,7 @@ def chat(
                 else:
                     session.write_note(_HELP)
                 continue
+            turn = len(messages)
             messages.append({"role": "user", "content": line})
             said: list[str] = []
             try:
@@ -124,33 +125,31 @@ def chat(
 
                 answer = session.answer(llm, tokens, params, take)
                 writer.finish()
+                # The template shows "<think>" to the model; what follows is its own.
+                messages.append({"role": "assistant", "content": answer.text})
+                if json_output:
+                    found = {
+                        "message": line,
+                        "reasoning_content": writer.reasoning or None,
+                        "text": writer.content,
+                        **answer.as_json(),
+                    }
+                    print(json.dumps(found, ensure_ascii=False), flush=True)
+                session.write_note(answer.statistics.line())
             except RequestError as error:
                 if not interactive:
                     raise
                 messages.pop()
                 session.write_note(f"{error}; /new starts over")
-                continue
             except KeyboardInterrupt:
                 if not interactive:
                     raise
                 session.write_note("\n(stopped)")
                 # What the model has said stays, so that it can be told to go on.
                 if said and writer.content:
-                    messages.append({"role": "assistant", "content": "".join(said)})
+                    messages[turn + 1 :] = [{"role": "assistant", "content": "".join(said)}]
                 else:
-                    messages.pop()
-                continue
-            # The template shows "<think>" to the model; what follows is its own.
-            messages.append({"role": "assistant", "content": answer.text})
-            if json_output:
-                found = {
-                    "message": line,
-                    "reasoning_content": writer.reasoning or None,
-                    "text": writer.content,
-                    **answer.as_json(),
-                }
-                print(json.dumps(found, ensure_ascii=False), flush=True)
-            session.write_note(answer.statistics.line())
+                    del messages[turn:]
 
 
 def _messages(prompt: str | None) -> Iterator[str]:
