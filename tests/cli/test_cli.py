@@ -143,6 +143,11 @@ def test_chat_answers_every_line(tiny_model: Path) -> None:
     assert single.stdout == first["text"] + "\n"
 
 
+def heed_interrupts() -> None:
+    """In a process to be: a shell's background jobs, which a test run may be, ignore ^C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class Terminal:
     """The program on a terminal of its own."""
 
@@ -154,6 +159,7 @@ class Terminal:
             stdout=child,
             stderr=child,
             close_fds=True,
+            preexec_fn=heed_interrupts,
         )
         os.close(child)
         self.text = ""
@@ -421,6 +427,7 @@ def test_an_interrupt_is_quiet(tiny_model: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        preexec_fn=heed_interrupts,
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
