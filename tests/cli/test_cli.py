@@ -23,6 +23,7 @@ from latentcore.engine.request import TokensPrompt
 from latentcore.engine.tokenizer import Tokenizer
 from latentcore.models.hub import DEMO_MODEL
 from latentcore.models.runner import ModelRunner
+from latentcore.ops import runtime
 
 STATISTICS = re.compile(
     r"^(\d+) prompt tokens, TTFT [\d.]+ m?s, (\d+) tokens, [\d.]+ tokens/s, "
@@ -368,6 +369,15 @@ def test_broken_models_are_one_line(
     assert "no tokenizer files" in bad(["chat", "--model", str(model), "--prompt", "x"], capsys)
     weights.write_bytes(data[:-100])
     assert "model.safetensors" in bad(generate(model, "--prompt", "x"), capsys)
+
+
+def test_a_tier_that_this_cpu_lacks_is_one_line(tiny_model: Path) -> None:
+    missing = "sse" if "amx" in runtime.cpu_features() else "amx"
+    done = run(*generate(tiny_model, "--prompt", "x"), LATENTCORE_FORCE_ISA=missing)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert f"LATENTCORE_FORCE_ISA={missing}: " in line
 
 
 def test_no_terminal_and_no_prompt(tiny_model: Path) -> None:

@@ -349,9 +349,12 @@ def check_memory(inspection: Inspection) -> None:
 
 
 def check_model_code(inspection: Inspection) -> None:
-    """The model's own code, on tensors without memory, meets every op's checks."""
+    """The model's own code, on tensors without memory, meets every op's checks.
+
+    Without a tier there are no ops to meet, as `check_cpu` has said.
+    """
     config, plan, engine = inspection.config, inspection.plan, inspection.engine
-    if config is None or plan is None:
+    if config is None or plan is None or inspection.report.tier is None:
         return
     # Where this machine has too little memory the shapes are checked all the same.
     plenty = replace(engine, kv_cache_memory_bytes=None)
