@@ -107,13 +107,6 @@ LC_INLINE void vsplit_pairs(vf a, vf b, vf& even, vf& odd) {
   even = {split(a.lo, a.hi, 0), split(b.lo, b.hi, 0)};
   odd = {split(a.lo, a.hi, 1), split(b.lo, b.hi, 1)};
 }
-LC_INLINE vf vmax_magnitude(vf most, vf a) {
-  const auto half = [](__m256 x, __m256 y) {
-    return _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(x), _mm256_castps_si256(y)));
-  };
-  const vf size = vabs(a);
-  return {half(most.lo, size.lo), half(most.hi, size.hi)};
-}
 LC_INLINE void vjoin_pairs(vf even, vf odd, vf& a, vf& b) {
   const auto join = [](__m256 e, __m256 o, vf& to) {
     const __m256 lo = _mm256_unpacklo_ps(e, o), hi = _mm256_unpackhi_ps(e, o);
@@ -121,6 +114,13 @@ LC_INLINE void vjoin_pairs(vf even, vf odd, vf& a, vf& b) {
   };
   join(even.lo, odd.lo, a);
   join(even.hi, odd.hi, b);
+}
+LC_INLINE vf vmax_magnitude(vf most, vf a) {
+  const auto half = [](__m256 x, __m256 y) {
+    return _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(x), _mm256_castps_si256(y)));
+  };
+  const vf size = vabs(a);
+  return {half(most.lo, size.lo), half(most.hi, size.hi)};
 }
 // One truth value a lane. Comparisons with NaN are false.
 struct vm {

@@ -74,16 +74,16 @@ LC_INLINE void vsplit_pairs(vf a, vf b, vf& even, vf& odd) {
   even.v = _mm512_permutex2var_ps(a.v, ie, b.v);
   odd.v = _mm512_permutex2var_ps(a.v, io, b.v);
 }
-// The larger magnitude; a NaN counts as the largest.
-LC_INLINE vf vmax_magnitude(vf most, vf a) {
-  return {_mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(most.v), _mm512_castps_si512(vabs(a).v)))};
-}
 // The reverse: even and odd places side by side.
 LC_INLINE void vjoin_pairs(vf even, vf odd, vf& a, vf& b) {
   const __m512i ia = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   const __m512i ib = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
   a.v = _mm512_permutex2var_ps(even.v, ia, odd.v);
   b.v = _mm512_permutex2var_ps(even.v, ib, odd.v);
+}
+// The larger magnitude; a NaN counts as the largest.
+LC_INLINE vf vmax_magnitude(vf most, vf a) {
+  return {_mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(most.v), _mm512_castps_si512(vabs(a).v)))};
 }
 // One truth value a lane. Comparisons with NaN are false.
 struct vm {

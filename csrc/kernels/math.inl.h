@@ -33,6 +33,20 @@ LC_INLINE vf vsilu(vf x) {
   return vmul(x, vrecip(vadd(vset1(1.0f), e)));
 }
 
+// Calls f(k, n) for n <= 16 values from k on.
+template <class Fn>
+LC_INLINE void each_16(int64_t begin, int64_t end, const Fn& f) {
+  int64_t k = begin;
+  for (; k + 16 <= end; k += 16) f(k, 16);
+  if (k < end) f(k, static_cast<int>(end - k));
+}
+LC_INLINE void store_bf16(bf16* p, vf v, int n) {
+  if (n == 16)
+    vstore_bf16(p, v);
+  else
+    vstore_bf16_n(p, v, n);
+}
+
 // sum of squares of k values / k
 LC_INLINE float mean_square(const float* x, int64_t k) {
   vf s = vset1(0.0f);
@@ -62,9 +76,7 @@ LC_INLINE void norm_row(const float* x, const float* weight, float eps, int64_t 
 
 // y = bf16(x)
 LC_INLINE void round_row(const float* x, int64_t k, bf16* y) {
-  int64_t i = 0;
-  for (; i + 16 <= k; i += 16) vstore_bf16(y + i, vload(x + i));
-  if (i < k) vstore_bf16_n(y + i, vload_n(x + i, static_cast<int>(k - i)), static_cast<int>(k - i));
+  each_16(0, k, [&](int64_t i, int n) { store_bf16(y + i, n == 16 ? vload(x + i) : vload_n(x + i, n), n); });
 }
 
 // Interleaved rope (pairs 2i, 2i+1) of `dim` values by the angles of one position.
@@ -139,11 +151,7 @@ LC_INLINE void store_tile_bf16(bf16* out, int64_t stride, int64_t cols, int64_t 
       const int64_t col = (panel + q) * 16;
       const int n = static_cast<int>(tmin<int64_t>(16, cols - col));
       bf16* to = out + (m0 + i) * stride + col;
-      const vf v = vload(c + i * kTileCols + q * 16);
-      if (n == 16)
-        vstore_bf16(to, v);
-      else
-        vstore_bf16_n(to, v, n);
+      store_bf16(to, vload(c + i * kTileCols + q * 16), n);
     }
 }
 LC_INLINE void store_tile_f32(float* out, int64_t stride, int64_t cols, int64_t m0, int m, int64_t panel, int np,

@@ -160,7 +160,7 @@ struct Grouping {
 template <class Isa>
 struct MoePlan {
   int64_t grouping_bytes, x_bytes, h_bytes;
-  uint8_t *grouping, *x, *h, *own;
+  uint8_t *grouping, *x, *h;
   bf16* gated;  // [rows, intermediate]
   float* sum;   // [panels of hidden, n, 16]
   int64_t n;
@@ -185,7 +185,6 @@ struct MoePlan {
     h_bytes = act_size<Isa>(dl.format, rows, dl.cols);
     h = b.take<uint8_t>(h_bytes);
     sum = b.take<float>(dl.panels() * a.n * kPanelRows);
-    own = nullptr;
     shared_gated = a.shared ? b.take<bf16>(a.n * a.shared_gate_up.layout.rows) : nullptr;
     const int64_t live = a.n * (a.top_k + (a.shared ? 1 : 0));
     const bool few = a.n <= kPartRows;

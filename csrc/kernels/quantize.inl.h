@@ -5,20 +5,7 @@
 
 namespace {
 
-// Calls f(k, n) for n <= 16 values from k on.
-template <class Fn>
-LC_INLINE void each_16(int64_t begin, int64_t end, const Fn& f) {
-  int64_t k = begin;
-  for (; k + 16 <= end; k += 16) f(k, 16);
-  if (k < end) f(k, static_cast<int>(end - k));
-}
 LC_INLINE vf load_weights(const bf16* p, int n) { return n == 16 ? vload_bf16(p) : vload_bf16_n(p, n); }
-LC_INLINE void store_weights(bf16* p, vf v, int n) {
-  if (n == 16)
-    vstore_bf16(p, v);
-  else
-    vstore_bf16_n(p, v, n);
-}
 // The n codes that f reads from, or writes to, 16 bytes.
 template <class T, class Fn>
 LC_INLINE vf load_codes(const T* p, int n, const Fn& f) {
@@ -113,7 +100,7 @@ void dequantize_int8(const Ctx& ctx, const void* p) {
     const int8_t* codes = reinterpret_cast<const int8_t*>(a.codes) + i * a.cols;
     const vf s = vset1(a.scale[i]);
     each_16(0, a.cols, [&](int64_t k, int n) {
-      store_weights(a.out + i * a.cols + k, vmul(load_codes(codes + k, n, vload_i8), s), n);
+      store_bf16(a.out + i * a.cols + k, vmul(load_codes(codes + k, n, vload_i8), s), n);
     });
   }
 }
@@ -127,7 +114,7 @@ void dequantize_fp8(const Ctx& ctx, const void* p) {
     for (int64_t b = 0; b < across; ++b) {
       const vf s = vset1(a.scale[i / kFp8Block * across + b]);
       each_16(b * kFp8Block, tmin(a.cols, (b + 1) * kFp8Block), [&](int64_t k, int n) {
-        store_weights(a.out + i * a.cols + k, vmul(load_codes(codes + k, n, vload_fp8), s), n);
+        store_bf16(a.out + i * a.cols + k, vmul(load_codes(codes + k, n, vload_fp8), s), n);
       });
     }
   }

@@ -126,17 +126,22 @@ std::string help_below(std::string root, Desc allowed, int64_t threads) {
   }
   return out;
 }
+// A line a thread: where its share of(t) begins and ends.
+template <class Of>
+std::string shares(int64_t threads, const Of& of) {
+  std::string out;
+  for (int64_t t = 0; t < threads; ++t) {
+    const Range r = of(t);
+    out += std::to_string(r.begin) + " " + std::to_string(r.end) + "\n";
+  }
+  return out;
+}
 std::string owned_ranges(int64_t n, int64_t threads, int64_t turn) {
   const Call c("owned_ranges", true);
   c.range("n", n, 0, int64_t{1} << 40);
   c.range("threads", threads, 1, 1024);
   c.range("turn", turn, 0, int64_t{1} << 31);
-  std::string out;
-  for (int64_t t = 0; t < threads; ++t) {
-    const Range r = owned(n, t, threads, turn);
-    out += std::to_string(r.begin) + " " + std::to_string(r.end) + "\n";
-  }
-  return out;
+  return shares(threads, [&](int64_t t) { return owned(n, t, threads, turn); });
 }
 // Shares of one of several matrices that threads go through without a barrier between, as moe and mlp share
 // them out at few rows: "gate_up" in panels, of n pairs; "down" in panels.
@@ -147,13 +152,9 @@ std::string owned_lists(std::string what, int64_t n, int64_t at, int64_t lists, 
   c.range("lists", lists, 1, 1 << 20);
   c.range("at", at, 0, lists - 1);
   c.range("threads", threads, 1, 1024);
-  std::string out;
-  for (int64_t t = 0; t < threads; ++t) {
-    const Range r = what == "down" ? owned_columns(n, at, lists, t, threads)
-                                   : owned_panels(n, at, lists, t, threads);
-    out += std::to_string(r.begin) + " " + std::to_string(r.end) + "\n";
-  }
-  return out;
+  return shares(threads, [&](int64_t t) {
+    return what == "down" ? owned_columns(n, at, lists, t, threads) : owned_panels(n, at, lists, t, threads);
+  });
 }
 // Shares of one matrix at few rows, in pieces along K.
 std::string owned_pieces(int64_t panels, int64_t pieces, int64_t threads) {
@@ -161,12 +162,7 @@ std::string owned_pieces(int64_t panels, int64_t pieces, int64_t threads) {
   c.range("panels", panels, 0, int64_t{1} << 24);
   c.range("pieces", pieces, 1, 1 << 20);
   c.range("threads", threads, 1, 1024);
-  std::string out;
-  for (int64_t t = 0; t < threads; ++t) {
-    const Range r = lc::owned_pieces(panels, pieces, t, threads);
-    out += std::to_string(r.begin) + " " + std::to_string(r.end) + "\n";
-  }
-  return out;
+  return shares(threads, [&](int64_t t) { return lc::owned_pieces(panels, pieces, t, threads); });
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(latentcore, m) {

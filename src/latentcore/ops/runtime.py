@@ -129,8 +129,7 @@ def _parsed(text: str) -> Topology:
 
 def owned_ranges(n: int, threads: int, turn: int) -> list[range]:
     """Which of `n` units each thread owns; `turn` shifts who carries the remainder."""
-    lines = control.owned_ranges(n, threads, turn).splitlines()
-    return [range(*map(int, line.split())) for line in lines]
+    return _ranges(control.owned_ranges(n, threads, turn))
 
 
 def owned_lists(what: str, n: int, lists: int, threads: int) -> list[list[range]]:
@@ -138,15 +137,17 @@ def owned_lists(what: str, n: int, lists: int, threads: int) -> list[list[range]
 
     what  "gate_up": `n` pairs of panels, a panel of gate and one of up by turns; "down": `n` panels
     """
-    found = [control.owned_lists(what, n, at, lists, threads) for at in range(lists)]
-    return [[range(*map(int, line.split())) for line in text.splitlines()] for text in found]
+    return [_ranges(control.owned_lists(what, n, at, lists, threads)) for at in range(lists)]
 
 
 def owned_pieces(panels: int, pieces: int, threads: int) -> list[range]:
     """Which pieces each thread owns of one int8 or FP8 matrix at few rows; a panel is `pieces` of
     them along K."""
-    lines = control.owned_pieces(panels, pieces, threads).splitlines()
-    return [range(*map(int, line.split())) for line in lines]
+    return _ranges(control.owned_pieces(panels, pieces, threads))
+
+
+def _ranges(text: str) -> list[range]:
+    return [range(*map(int, line.split())) for line in text.splitlines()]
 
 
 def num_threads() -> int:
