@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -61,6 +62,13 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"latentcore {__version__}\n"
 
 
+def run_code(program: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python code in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+
+
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     program = (
         "import sys\n"
@@ -69,9 +77,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         "heavy = {'torch', 'transformers', 'numpy', 'fastapi', 'xgrammar'} & set(sys.modules)\n"
         "sys.exit(code or bool(heavy))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
+    done = run_code(program)
     assert done.returncode == 0, done.stderr
     for command in ("generate", "chat", "serve", "preflight", "quantize"):
         assert command in done.stdout
@@ -183,6 +189,17 @@ class Terminal:
             assert self.read(), self.text
         self.text = self.text[found.end() :]
 
+    def interrupt(self, pattern: str) -> None:
+        """^C, after which the pattern is shown. Again where nothing is shown for long: one that
+        comes just as Python begins to wait for a key is noticed with the next."""
+        self.process.send_signal(signal.SIGINT)
+        while not re.search(pattern, self.text):
+            if select.select([self.parent], [], [], 5)[0]:
+                assert self.read(), self.text
+            else:
+                self.process.send_signal(signal.SIGINT)
+        self.wait_for(pattern)
+
     def finish(self) -> str:
         while self.read():
             pass
@@ -205,14 +222,12 @@ def test_an_interrupt_on_a_terminal_stops_the_answer_alone() -> None:
     terminal = Terminal("chat", "--threads", "1", "--temperature", "0")
     terminal.wait_for("leave")
     terminal.wait_for("> ")
-    terminal.process.send_signal(signal.SIGINT)
-    terminal.wait_for(r"\^D or /exit leaves")
+    terminal.interrupt(r"\^D or /exit leaves")
     for message in ("Tell me a story", "Another one"):
         terminal.wait_for("> ")
         terminal.type(f"{message}\n")
         terminal.wait_for(rf"{message}\r\n.")
-        terminal.process.send_signal(signal.SIGINT)
-        terminal.wait_for(r"\(stopped\)|leaves")  # the latter where the answer was quicker
+        terminal.interrupt(r"\(stopped\)|leaves")  # the latter where the answer was quicker
     terminal.wait_for("> ")
     terminal.type("\x04")
     assert "Traceback" not in terminal.finish()
@@ -513,9 +528,7 @@ def test_a_limit_below_what_the_libraries_need_is_said() -> None:
         "from latentcore.cli.app import main\n"
         "sys.exit(main(['generate', '--prompt', 'x']))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
+    done = run_code(program)
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     assert done.stderr == (
