@@ -1,8 +1,10 @@
 """The offline interface, on a fake model."""
 
 import gc
+import signal
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -134,6 +136,61 @@ def test_an_interrupt_leaves_nothing_behind() -> None:
             llm.generate(["a", "b"], GREEDY, on_output=interrupt)
         assert not llm._engine.has_unfinished
         assert llm._engine.scheduler.blocks.usage == 0
+
+
+def test_an_interrupt_at_any_moment_leaves_the_engine_in_order() -> None:
+    """It may come at any call within `generate`: here at each in turn."""
+
+    def generate(interrupted_at: int) -> int:
+        """Generates with an interrupt at that call; returns how many calls there were."""
+        calls = 0
+
+        def count(*_: object) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == interrupted_at:
+                signal.raise_signal(signal.SIGINT)
+
+        sys.setprofile(count)
+        try:
+            llm.generate([prompt, "b"], params)
+        finally:
+            sys.setprofile(None)
+        return calls
+
+    prompt, params = {"prompt_token_ids": [2, 3] * 40}, GREEDY.replace(n=2)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with LLM.from_loaded(make_loaded(FakeRunner())) as llm:
+            generate(0)
+            calls = generate(0)
+            for moment in range(1, calls - 50, 7):
+                with pytest.raises(KeyboardInterrupt):
+                    generate(moment)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                llm._engine.check_integrity()
+                assert not llm._engine.has_unfinished
+                assert llm._engine.scheduler.blocks.usage == 0
+            assert len(llm.generate([prompt, "b"], params)) == 2
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def test_interrupts_elsewhere_are_left_alone() -> None:
+    """In other threads, where a handler cannot be set, and where interrupts are ignored."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with LLM.from_loaded(make_loaded(FakeRunner())) as llm, ThreadPoolExecutor(1) as pool:
+            seen: list[Any] = []
+            llm.generate(
+                "a", GREEDY, on_output=lambda _: seen.append(signal.getsignal(signal.SIGINT))
+            )
+            assert set(seen) == {signal.SIG_IGN}
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            assert len(pool.submit(llm.generate, "a", GREEDY).result()) == 1
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def test_closing_is_final_and_safe_to_repeat() -> None:

@@ -346,6 +346,19 @@ def test_a_disk_that_fills_up_meanwhile(
     assert list(packed_cache.packs_dir().iterdir()) == []
 
 
+def test_an_interrupt_while_disk_is_claimed_leaves_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(file: int, nbytes: int) -> None:
+        os.truncate(file, nbytes)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(packed_cache, "_allocate", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        load(folder)
+    assert list(packed_cache.packs_dir().iterdir()) == []
+
+
 def test_a_cache_folder_that_cannot_be_written(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -12,11 +12,11 @@ import typer
 
 from latentcore import __version__
 from latentcore.cli import bench, cache, chat, generate, pack, preflight, quantize, serve
+from latentcore.cli.interrupted import EXIT_INTERRUPTED, say_interrupted
 from latentcore.errors import InsufficientMemoryError, UserError
 
 EXIT_BUG = 1
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 _LIBRARIES_BYTES = 750_000_000
 """Address space that importing PyTorch and the tokenizer takes, at least."""
@@ -89,12 +89,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = app(arguments, standalone_mode=False)
         sys.stdout.flush()
+        if code == EXIT_INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+            say_interrupted()
     except UserError as error:
         return _fail(str(error))
     except _ClickException as error:
         return _fail(error.format_message())
     except (KeyboardInterrupt, typer.Abort):
-        print(file=sys.stderr)
+        say_interrupted()
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # whoever read our output has gone
         _drop_output()
@@ -111,11 +113,6 @@ def main(arguments: list[str] | None = None) -> int:
         _fail(f"{type(error).__name__}: {error} (unexpected; PYTHONDEVMODE=1 shows where)")
         return EXIT_BUG
     return code if isinstance(code, int) else 0
-
-
-def program() -> None:
-    """The entry point of the installed `latentcore` command."""
-    sys.exit(main())
 
 
 def _drop_output() -> None:

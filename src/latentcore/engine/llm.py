@@ -10,6 +10,7 @@ from typing import Any
 
 from latentcore.config import EngineConfig
 from latentcore.engine.chat import Message, chat_prompt
+from latentcore.engine.interrupts import Interrupts
 from latentcore.engine.loading import LoadedModel, Progress, load_model
 from latentcore.engine.outputs import RequestOutput
 from latentcore.engine.request import Prompt
@@ -113,7 +114,7 @@ class LLM:
         ]
         priorities = _priorities(priority, len(batch))
         bar = _bar(len(batch)) if use_tqdm and on_output is None else nullcontext(_no_bar)
-        with self._lock, bar as advance:
+        with self._lock, bar as advance, Interrupts() as interrupts:
             self.loaded  # noqa: B018 - raises once closed
             request_ids: list[str] = []
             finished: dict[str, RequestOutput] = {}
@@ -122,9 +123,11 @@ class LLM:
                     request_id = str(self._requests)
                     self._requests += 1
                     request_ids.append(request_id)
-                    self._engine.add_request(request_id, request, priority=urgency)
+                    with interrupts.held():
+                        self._engine.add_request(request_id, request, priority=urgency)
                 while self._engine.has_unfinished:
-                    step = self._engine.step()
+                    with interrupts.held():
+                        step = self._engine.step()
                     for failure in step.failures.values():
                         raise failure
                     for output in step.outputs:
@@ -134,8 +137,9 @@ class LLM:
                             finished[output.request_id] = output
                             advance()
             finally:
-                for request_id in request_ids:
-                    self._engine.abort(request_id)
+                with interrupts.held():
+                    for request_id in request_ids:
+                        self._engine.abort(request_id)
             return [finished[request_id] for request_id in request_ids]
 
     def chat(

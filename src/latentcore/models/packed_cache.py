@@ -337,6 +337,7 @@ class PackWriter:
                     # Claims the disk now, so that a full one is noticed before the work.
                     _allocate(file, pack.nbytes)
             except BaseException:
+                temporary.unlink(missing_ok=True)
                 os.close(file)
                 raise
             if why is not None:
