@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import readline
 import select
 import shutil
 import signal
@@ -216,6 +217,17 @@ def test_chat_on_a_terminal(tiny_model: Path) -> None:
     assert len(re.findall(r"prompt tokens", text)) == 4
     assert "/new" in text
     assert "Traceback" not in text
+
+
+@pytest.mark.skipif("libedit" in (readline.__doc__ or ""), reason="libedit marks no pastes")
+def test_what_is_pasted_is_one_message(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = Terminal("chat", "--model", str(tiny_model), "--threads", "1", "--max-tokens", "4")
+    terminal.wait_for(r"\x1b\[\?2004h")  # asks the terminal to mark what is pasted
+    terminal.type("\x1b[200~Once\nupon\n\x1b[201~ a time\n")
+    terminal.wait_for("prompt tokens")
+    terminal.type("\x04")
+    assert "prompt tokens" not in terminal.finish()
 
 
 def test_an_interrupt_on_a_terminal_stops_the_answer_alone() -> None:

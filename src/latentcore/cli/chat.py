@@ -166,7 +166,11 @@ def _messages(prompt: str | None) -> Iterator[str]:
             if line.strip():
                 yield line.rstrip("\r\n")
         return
-    import readline  # noqa: F401 - gives input() its line editing and history
+    import readline  # gives input() its line editing and history
+
+    # A paste of several lines is one message; Python turns this off. libedit knows no such thing.
+    if "libedit" not in (readline.__doc__ or ""):
+        readline.parse_and_bind("set enable-bracketed-paste on")
 
     while True:
         try:
