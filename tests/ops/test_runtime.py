@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -70,6 +71,81 @@ def mlp_job(fmt: Format, n: int = 5, hidden: int = 96, width: int = 150) -> Job:
     down = samples.one(samples.matrix(g, fmt, hidden, width))
     out = samples.poison((n, hidden), BF16)
     return Job(x, out, lambda to: dense.mlp(x, gate_up, down, to))
+
+
+CPUID = """
+inline int __get_cpuid(unsigned, unsigned* a, unsigned* b, unsigned* c, unsigned* d) {
+  *a = *b = *d = 0;
+  *c = LEAF_1_C;
+  return 1;
+}
+inline int __get_cpuid_count(unsigned, unsigned, unsigned* a, unsigned* b, unsigned* c,
+                             unsigned* d) {
+  *a = *c = *d = 0;
+  *b = LEAF_7_B;
+  return 1;
+}
+"""
+TIER = """
+#include <cstdio>
+#include <stdexcept>
+#include "isa/isa.h"
+#include "kernels/kernels.h"
+namespace lc {
+static KernelTable none;
+const KernelTable& kernels_avx2() { return none; }
+const KernelTable& kernels_avx512() { return none; }
+const KernelTable& kernels_avx512_vbmi() { return none; }
+const KernelTable& kernels_avx512_bf16() { return none; }
+const KernelTable& kernels_avx512_bf16_vbmi() { return none; }
+const KernelTable& kernels_amx() { return none; }
+}
+int main() {
+  try {
+    std::puts(lc::tier_name(lc::tier()));
+  } catch (const std::runtime_error& error) {
+    std::puts(error.what());
+  }
+}
+"""
+OSXSAVE, FMA, F16C, AVX2 = 1 << 27, 1 << 12, 1 << 29, 1 << 5
+LACKS_AVX2 = "this CPU lacks AVX2, FMA or F16C"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize(
+    ("leaf_1", "leaf_7", "forced", "expected"),
+    [
+        (0, 0, "", LACKS_AVX2),  # Nehalem
+        (OSXSAVE | F16C, 0, "", LACKS_AVX2),  # Ivy Bridge
+        (OSXSAVE | F16C, 0, "avx2", LACKS_AVX2),
+        (OSXSAVE | F16C | FMA, AVX2, "", "avx2"),  # Haswell
+        (OSXSAVE | F16C | FMA, AVX2, "avx512", "this CPU lacks it; the best tier here is avx2"),
+    ],
+)
+def test_older_processors(
+    tmp_path: Path, leaf_1: int, leaf_7: int, forced: str, expected: str
+) -> None:
+    """The choice of the tier, compiled against what such a processor says of itself."""
+    (tmp_path / "cpuid.h").write_text(CPUID)
+    (tmp_path / "tier.cpp").write_text(TIER)
+    sources = Path(__file__).parents[2] / "csrc"
+    subprocess.run(
+        [
+            *("g++", "-std=c++20", f"-DLEAF_1_C={leaf_1}u", f"-DLEAF_7_B={leaf_7}u"),
+            *(f"-I{tmp_path}", f"-I{sources}", "-o", str(tmp_path / "tier")),
+            *(str(tmp_path / "tier.cpp"), str(sources / "isa" / "dispatch.cpp")),
+        ],
+        check=True,
+    )
+    done = subprocess.run(
+        [tmp_path / "tier"],
+        env={"LATENTCORE_FORCE_ISA": forced},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert expected in done.stdout
 
 
 JOBS: Mapping[str, Callable[[Format], Job]] = {"linear": linear_job, "mlp": mlp_job}
@@ -216,6 +292,7 @@ def test_default_is_within_the_affinity_mask() -> None:
     assert 1 <= runtime.default_threads() <= len(os.sched_getaffinity(0))
     script = """
 import os
+import shutil
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 from latentcore.ops import runtime
 print(runtime.default_threads())
