@@ -84,6 +84,16 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         assert command in done.stdout
 
 
+@pytest.mark.parametrize("arguments", [[], ["cache"]])
+def test_no_command_shows_the_help_alone(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert app.main(arguments) == 2
+    shown = capsys.readouterr()
+    assert "Usage: " in shown.out
+    assert shown.err == ""
+
+
 def test_text_alone_goes_to_stdout(tiny_model: Path) -> None:
     done = run(*generate(tiny_model, "--prompt", "Once"))
     assert done.returncode == 0, done.stderr

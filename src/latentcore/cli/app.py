@@ -94,7 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         return _fail(str(error))
     except _ClickException as error:
-        return _fail(error.format_message())
+        message = error.format_message()
+        return _fail(message) if message else EXIT_USER_ERROR  # none where it was the help
     except (KeyboardInterrupt, typer.Abort):
         say_interrupted()
         return EXIT_INTERRUPTED
