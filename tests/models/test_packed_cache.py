@@ -389,6 +389,17 @@ def test_the_pack_used_longest_ago_makes_room(
     assert [pack.exists() for pack in (old, new, third)] == [True, False, False]
 
 
+def test_progress_is_of_the_models_bytes(folder: Path) -> None:
+    """Also where they are written besides being read."""
+    with Checkpoint.open(folder) as checkpoint:
+        plan = resolve(ModelConfig.from_dir(folder), checkpoint, "auto")
+        for nbytes in (plan.source_nbytes(), plan.packed_nbytes()):  # packed, then read
+            seen: list[tuple[int, int]] = []
+            load_weights(plan, checkpoint, lambda *found, to=seen: to.append(found))
+            assert seen == sorted(seen)
+            assert seen[-1] == (nbytes, nbytes)
+
+
 def test_small_models_are_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_cache, "MIN_NBYTES", 1 << 40)
     load(folder)

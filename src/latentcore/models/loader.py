@@ -112,7 +112,8 @@ def _pack_and_keep(
     if writer is None:
         yield from _Packer(plan, checkpoint, _Count(plan.source_nbytes(), progress)).parts()
         return
-    count = _Count(plan.source_nbytes() + plan.packed_nbytes(), progress)
+    source = plan.source_nbytes()
+    count = _Count(source + plan.packed_nbytes(), progress, shown=source)
     with writer:
         for name, part in _Packer(plan, checkpoint, count).parts():
             writer.write(name, part, count.add)
@@ -121,17 +122,19 @@ def _pack_and_keep(
 
 
 class _Count:
-    """Counts bytes and passes them on."""
+    """Counts bytes and passes them on, as their share of the `shown` bytes where that is not all:
+    what is loaded is as large as the model, also where it is written too."""
 
-    def __init__(self, total: int, progress: Progress | None) -> None:
+    def __init__(self, total: int, progress: Progress | None, *, shown: int | None = None) -> None:
         self.total = total
         self.done = 0
+        self._shown = total if shown is None else shown
         self._progress = progress
 
     def add(self, nbytes: int) -> None:
         self.done += nbytes
         if self._progress is not None:
-            self._progress(self.done, self.total)
+            self._progress(self.done * self._shown // self.total, self._shown)
 
 
 class _Packer:
