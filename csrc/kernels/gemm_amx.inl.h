@@ -16,8 +16,8 @@ namespace {
   } while (0)
 LC_INLINE void tile_fence() { __asm__ volatile("" : : : "memory"); }
 
-LC_INLINE void prefetch_tile(const uint8_t* p) {
-  for (int l = 0; l < 16; ++l) vprefetch(p + l * 64);
+LC_INLINE void prefetch_tile(const uint8_t* p, int64_t stride) {
+  for (int l = 0; l < 16; ++l) vprefetch(p + l * stride);
 }
 
 // Up to 16 rows: one activation tile, four panels in flight.
@@ -51,8 +51,8 @@ void tile_few_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next,
       if (np > 3) _tile_stored(3, to + 48, stride);
       tile_fence();
     };
-    const auto step = [np](const uint8_t* at, const uint8_t* b, int64_t stride) {
-      _tile_loadd(4, at, 64);
+    const auto step = [np, &a](const uint8_t* at, const uint8_t* b, int64_t stride) {
+      _tile_loadd(4, at, a.row_stride);
       _tile_loadd(6, b, 64);
       LC_DOT(0, 4, 6);
       if (np > 1) {
@@ -89,7 +89,7 @@ void tile_few_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next,
       for (int64_t t = 0; t < tiles; ++t) {
         const uint8_t* b = panel + t * kTileBytes;
         const int64_t ahead = kPrefetchBytes + (t < fetch.turn ? 0 : fetch.jump);
-        for (int q = 0; q < np; ++q) prefetch_tile(b + q * w.stride + ahead);
+        for (int q = 0; q < np; ++q) prefetch_tile(b + q * w.stride + ahead, 64);
         step(a.base + t * a.block_stride, b, w.stride);
       }
       store(c);
@@ -155,17 +155,17 @@ void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next
             for (int64_t j = 0; j < n; ++j) {
               // Behind the chunk follows the same chunk of the next 32 rows.
               const int64_t k = j + kAhead;
-              const uint8_t* soon = a0 + (k < n ? k * kTileBytes : 2 * a.group_stride + (k - n) * kTileBytes);
-              prefetch_tile(soon);
-              prefetch_tile(soon + a.group_stride);
+              const uint8_t* soon = a0 + (k < n ? k : k - n) * a.block_stride + (k < n ? 0 : 2 * a.group_stride);
+              prefetch_tile(soon, a.row_stride);
+              prefetch_tile(soon + a.group_stride, a.row_stride);
               for (int64_t l = 0; l < lines; ++l) {
                 vprefetch(fetch + l * 64);
                 vprefetch(fetch + w.stride + l * 64);
               }
               fetch += lines * 64;
-              _tile_loadd(4, a0 + j * kTileBytes, 64);
+              _tile_loadd(4, a0 + j * a.block_stride, a.row_stride);
               _tile_loadd(6, b + j * kTileBytes, 64);
-              _tile_loadd(5, a1 + j * kTileBytes, 64);
+              _tile_loadd(5, a1 + j * a.block_stride, a.row_stride);
               _tile_loadd(7, b + b_stride + j * kTileBytes, 64);
               LC_DOT(0, 4, 6);
               LC_DOT(1, 4, 7);
@@ -177,7 +177,7 @@ void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next
               for (int64_t l = 0; l < lines; ++l)
                 for (int q = 0; q < np; ++q) vprefetch(fetch + q * w.stride + l * 64);
               fetch += lines * 64;
-              _tile_loadd(4, a0 + j * kTileBytes, 64);
+              _tile_loadd(4, a0 + j * a.block_stride, a.row_stride);
               _tile_loadd(6, b + j * kTileBytes, 64);
               LC_DOT(0, 4, 6);
               if (np > 1) {
@@ -185,7 +185,7 @@ void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next
                 LC_DOT(1, 4, 7);
               }
               if (two) {
-                _tile_loadd(5, a1 + j * kTileBytes, 64);
+                _tile_loadd(5, a1 + j * a.block_stride, a.row_stride);
                 LC_DOT(2, 5, 6);
                 if (np > 1) LC_DOT(3, 5, 7);
               }

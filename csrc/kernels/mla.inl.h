@@ -139,11 +139,14 @@ struct AttendState {
   int64_t width;
 };
 
-LC_INLINE void attend_reset(const AttendState& st, int64_t rows) {
+LC_INLINE void attend_forget(const AttendState& st, int64_t rows) {
   for (int64_t i = 0; i < rows; ++i) {
     st.max[i] = -__builtin_inff();
     st.sum[i] = 0.0f;
   }
+}
+LC_INLINE void attend_reset(const AttendState& st, int64_t rows) {
+  attend_forget(st, rows);
   std::memset(st.out, 0, 4 * static_cast<size_t>(rows * st.width));
 }
 
@@ -226,23 +229,28 @@ AttendScratch attend_scratch(uint8_t* mem, int64_t rows) {
   return {reinterpret_cast<float*>(mem), reinterpret_cast<float*>(mem + s), mem + s + round_up(rows * 4, 64)};
 }
 
-// One tile: scores, online softmax, weighted values. Row i sees the first visible(i) tokens.
-template <class Isa, class Tile, class Visible>
-void attend_tile(const Act& q, int64_t rows, const Tile& tile, int64_t tokens, float scale, const Visible& visible,
-                 const AttendScratch& mem, const AttendState& st) {
+// Scores of the first `tokens` of a tile: [rows, kTileTokens].
+template <class Isa, class Tile>
+void tile_scores(const Act& q, int64_t rows, const Tile& tile, int64_t tokens, float* scores) {
   const KvTile& kv = tile.kv;
   int64_t at = 0;  // the first of the panels that are multiplied
-  auto to_scores = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
+  auto store = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
     for (int i = 0; i < m; ++i)
       for (int j = 0; j < np; ++j)
-        vstore(mem.scores + (m0 + i) * kTileTokens + (at + panel + j) * 16, vload(c + i * kTileCols + j * 16));
+        vstore(scores + (m0 + i) * kTileTokens + (at + panel + j) * 16, vload(c + i * kTileCols + j * 16));
   };
   for (const int64_t end = ceil_div(tokens, 16); at < end; at += tile.key_panels()) {
     const int64_t n = tmin(tile.key_panels(), end - at);
     const Panels keys{Format::BF16, tile.keys(at, at + n), kv.key_stride(), kv.key_dim / 2, nullptr};
-    gemm<Isa>(keys, 0, n, keys.base, q, rows, 1, sink_of(to_scores));
+    gemm<Isa>(keys, 0, n, keys.base, q, rows, 1, sink_of(store));
   }
+}
 
+// Online softmax of a tile's scores: st.max and st.sum go on, mem.probs are the weights. Row i sees the first
+// visible(i) tokens.
+template <class Isa, class Visible>
+void tile_softmax(int64_t rows, int64_t tokens, float scale, const Visible& visible, const AttendScratch& mem,
+                  const AttendState& st) {
   const Act probs = act_at<Isa>(Format::BF16, mem.probs, rows, kTileTokens);
   const int64_t width = round_up(tokens, 32);
   const vf vscale = vset1(scale);
@@ -285,21 +293,36 @@ void attend_tile(const Act& q, int64_t rows, const Tile& tile, int64_t tokens, f
       if (seen != 0) st.sum[i] = st.sum[i] * mem.alpha[i] + vhsum(sum);
     }
   }
+}
 
-  auto add = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
-    for (int i = 0; i < m; ++i) {
-      const vf alpha = vset1(mem.alpha[m0 + i]);
-      float* to = st.out + (m0 + i) * st.width + (at + panel) * 16;
-      for (int j = 0; j < np; ++j)
-        vstore(to + j * 16, vfma(vload(to + j * 16), alpha, vload(c + i * kTileCols + j * 16)));
-    }
+// The tile's values, weighted by mem.probs: sink(row, column, sums of 16 columns).
+template <class Isa, class Tile, class Sums>
+void tile_values(int64_t rows, const Tile& tile, int64_t tokens, const AttendScratch& mem, const Sums& sums) {
+  const KvTile& kv = tile.kv;
+  const Act probs = act_at<Isa>(Format::BF16, mem.probs, rows, kTileTokens);
+  int64_t at = 0;
+  auto each = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
+    for (int i = 0; i < m; ++i)
+      for (int j = 0; j < np; ++j) sums(m0 + i, (at + panel + j) * 16, vload(c + i * kTileCols + j * 16));
   };
-  at = 0;
   for (const int64_t end = ceil_div(kv.value_dim, 16); at < end; at += tile.value_panels()) {
     const int64_t n = tmin(tile.value_panels(), end - at);
-    const Panels values{Format::BF16, tile.values(at, at + n), kv.value_stride(), width / 2, nullptr};
-    gemm<Isa>(values, 0, n, values.base, probs, rows, 1, sink_of(add));
+    const Panels values{Format::BF16, tile.values(at, at + n), kv.value_stride(), round_up(tokens, 32) / 2,
+                        nullptr};
+    gemm<Isa>(values, 0, n, values.base, probs, rows, 1, sink_of(each));
   }
+}
+
+// One tile: scores, online softmax, weighted values added to what st holds.
+template <class Isa, class Tile, class Visible>
+void attend_tile(const Act& q, int64_t rows, const Tile& tile, int64_t tokens, float scale, const Visible& visible,
+                 const AttendScratch& mem, const AttendState& st) {
+  tile_scores<Isa>(q, rows, tile, tokens, mem.scores);
+  tile_softmax<Isa>(rows, tokens, scale, visible, mem, st);
+  tile_values<Isa>(rows, tile, tokens, mem, [&](int64_t i, int64_t column, vf sums) {
+    float* to = st.out + i * st.width + column;
+    vstore(to, vfma(vload(to), vset1(mem.alpha[i]), sums));
+  });
 }
 
 // acc <- acc merged with part, both unnormalized. The order of merges is that of the context.
@@ -317,6 +340,88 @@ LC_INLINE void merge_states(const AttendState& acc, const AttendState& part, int
 
 // ---- decode: absorbed, in latent space ---------------------------------------------------------
 
+// Rows of the cache that are attended next, fetched into the second-level cache a few lines at a time while
+// those before them are worked on.
+struct RowsAhead {
+  const bf16* rows[kTileTokens];
+  int64_t count = 0, dim, row = 0, at = 0;
+
+  void fetch(int64_t lines) {
+    for (; lines > 0 && row < count; --lines) {
+      vprefetch_l2(rows[row] + at);
+      at += 32;
+      if (at >= dim) {
+        at = 0;
+        ++row;
+      }
+    }
+  }
+};
+
+// Scores of a tile by whole panels of heads: [panel][kTileTokens][16 heads]. Rows of the cache are multiplied as
+// they lie, by queries packed as panels: no key is transposed. A score has the bits of tile_scores.
+template <class Isa>
+void scores_by_head(const Panels& q, int64_t panels, const bf16* const* rows, int64_t tokens, int64_t dim,
+                    uint8_t* widened, float* scores, RowsAhead& ahead) {
+  int64_t at = 0;
+  auto store = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
+    for (int i = 0; i < m; ++i)
+      for (int j = 0; j < np; ++j)
+        vstore(scores + ((panel + j) * kTileTokens + at + m0 + i) * 16, vload(c + i * kTileCols + j * 16));
+  };
+  for (int64_t m = 0; at < tokens; at += m) {
+    Act a;
+    if constexpr (Isa::kBf16Act) {
+      const auto follows = [&](int64_t j) { return j < tokens && rows[j] == rows[at] + (j - at) * dim; };
+      const int64_t most = Isa::kTiles ? kTileTokens : 32;
+      for (m = 1; m < most && follows(at + m); ++m) continue;
+      // Tiles read 16 rows at a time, and behind these may be none.
+      if (Isa::kTiles && m > 16) m = m / 16 * 16;
+      a = {reinterpret_cast<uint8_t*>(const_cast<bf16*>(rows[at])), nullptr, dim * 2, 64, dim * 32};
+    } else {
+      m = tmin<int64_t>(16, tokens - at);
+      a = act_at<Isa>(Format::BF16, widened, 16, dim);
+      for (int64_t j = 0; j < m; ++j) act_prepare_row<Isa>(Format::BF16, a, j, rows[at + j], dim);
+    }
+    ahead.fetch(m * 8);
+    gemm<Isa>(q, 0, panels, q.base, a, m, 1, sink_of(store));
+  }
+}
+
+// Softmax of such scores within the tile: maxima and sums of 16 heads a panel, weights into mem.probs. Lane by
+// lane the order is that of tile_softmax.
+template <class Isa>
+void softmax_by_head(int64_t panels, int64_t tokens, float scale, const AttendScratch& mem, float* max, float* sum,
+                     RowsAhead& ahead) {
+  const Act probs = act_at<Isa>(Format::BF16, mem.probs, panels * 16, kTileTokens);
+  const vf vscale = vset1(scale);
+  for (int64_t p = 0; p < panels; ++p) {
+    float* s = mem.scores + p * kTileTokens * 16;
+    vf top = vload(s);
+    for (int64_t t = 1; t < tokens; ++t) top = vmax(top, vload(s + t * 16));
+    top = vmul(top, vscale);
+    vstore(max + p * 16, top);
+    alignas(64) float sums[16][16] = {};  // by token modulo 16
+    for (int64_t t0 = 0; t0 < round_up(tokens, 32); t0 += 16) {
+      const uint8_t* lines[16];
+      for (int64_t j = 0; j < 16; ++j) {
+        float* at = s + (t0 + j) * 16;
+        const vf e = t0 + j < tokens ? vexp(vsub(vmul(vload(at), vscale), top)) : vset1(0.0f);
+        vstore(sums[j], vadd(vload(sums[j]), e));
+        vstore(at, e);
+        lines[j] = reinterpret_cast<const uint8_t*>(at);
+      }
+      ahead.fetch(16);
+      alignas(64) float by_head[256];
+      transpose_block(lines, 0, reinterpret_cast<uint8_t*>(by_head));
+      for (int64_t h = 0; h < 16; ++h) act_store16<Isa>(probs, p * 16 + h, t0, vload(by_head + h * 16));
+    }
+    for (int64_t half = 8; half > 0; half /= 2)  // as vhsum adds
+      for (int64_t j = 0; j < half; ++j) vstore(sums[j], vadd(vload(sums[j]), vload(sums[j + half])));
+    vstore(sum + p * 16, vload(sums[0]));
+  }
+}
+
 // How the work is cut into items: a row's heads in groups, and its context in spans. `group` heads attend
 // together: many share the packing of a tile, few feed more threads. The cut never changes a result: each
 // tile is attended by itself, a split's tiles are merged in order, then a row's splits.
@@ -333,7 +438,9 @@ struct DecodeShape {
   }
 };
 
-constexpr int64_t kMaxGroup = 64;
+// More share the packing of values, but their states have to lie close.
+template <class Isa>
+constexpr int64_t kMaxGroup = Isa::kTiles ? 128 : 64;
 
 LC_INLINE int64_t spans_in(const MlaDecodeArgs& a, Span span) {
   int64_t count = 0;
@@ -341,9 +448,8 @@ LC_INLINE int64_t spans_in(const MlaDecodeArgs& a, Span span) {
   return count;
 }
 // Items enough for all threads, of spans as long as possible: what lies between them is stored.
-LC_INLINE DecodeShape decode_shape(const MlaDecodeArgs& a, int nt) {
+LC_INLINE DecodeShape decode_shape(const MlaDecodeArgs& a, int64_t group, int nt) {
   const int64_t heads = a.shape.heads, tiles = spans_in(a, Span::kTile);
-  int64_t group = tmin(heads, kMaxGroup);
   const auto groups = [&] { return ceil_div(heads, group); };
   while (group > 16 && tiles * groups() < 2 * nt) group = ceil_div(group, 2);
   while (group > 2 && tiles * groups() < nt) group = ceil_div(group, 2);
@@ -370,7 +476,7 @@ struct MlaDecodePlan {
   int64_t q_bytes, scratch_bytes, act_bytes;
   bf16* zeros;  // a row a thread
   uint8_t *q, *keys, *scratch;  // a thread's; values stand behind the keys
-  float *part, *split, *acc;  // a thread's states: max, sum, out of `group` rows
+  float *part, *split, *acc;  // a thread's states: max, sum, out of `group` rows; of `part`, no out
   int64_t state_floats;
   float* stored;             // [spans, heads, width + 16] (sum, max behind the values)
   uint8_t* latent_act;       // [heads] prepared activations [n, latent]
@@ -378,21 +484,26 @@ struct MlaDecodePlan {
   // With what register tiles fetch behind them, so that no thread fetches what another one writes.
   static int64_t tile_bytes(int64_t dim, int64_t width) {
     using Tile = PassingTile<Isa>;
-    return KvTile::key_bytes(dim, Tile::key_panels()) + KvTile::value_bytes(Tile::value_panels(width)) + 8192;
+    return keys_bytes(dim) + KvTile::value_bytes(Tile::value_panels(width)) + 8192;
+  }
+  // Keys in panels or, where heads are, rows widened to fp32.
+  static int64_t keys_bytes(int64_t dim) {
+    const int64_t panels = KvTile::key_bytes(dim, PassingTile<Isa>::key_panels());
+    return round_up(Isa::kBf16Act ? panels : tmax(panels, act_size<Isa>(Format::BF16, 16, dim)), 64);
   }
   static int64_t state_size(int64_t rows, int64_t width) { return 2 * round_up(rows, 16) + rows * width; }
   MlaDecodePlan(Bump& b, const MlaDecodeArgs& a, int nt) {
-    group = tmin(a.shape.heads, kMaxGroup);
+    group = tmin(a.shape.heads, kMaxGroup<Isa>);
     width = round_up(a.shape.latent, 16);
     q_bytes = act_size<Isa>(Format::BF16, group, a.cache.dim);
-    scratch_bytes = round_up(attend_scratch_bytes<Isa>(group), 64);
+    scratch_bytes = round_up(attend_scratch_bytes<Isa>(round_up(group, 16)), 64);
     act_bytes = act_size<Isa>(a.w_vc.layout.format, a.n, a.shape.latent);
     zeros = b.take<bf16>(nt * a.cache.dim);
     q = b.take<uint8_t>(nt * q_bytes);
     keys = b.take<uint8_t>(nt * tile_bytes(a.cache.dim, width));
     scratch = b.take<uint8_t>(nt * scratch_bytes);
     state_floats = round_up(state_size(group, width), 16);
-    part = b.take<float>(nt * state_floats);
+    part = b.take<float>(nt * 2 * round_up(group, 16));
     split = b.take<float>(nt * state_floats);
     acc = b.take<float>(nt * state_floats);
     stored = a.n * ceil_div(a.shape.heads, group) < 4 * nt
@@ -425,43 +536,78 @@ void mla_decode(const Ctx& ctx, const void* p) {
   const auto& a = *static_cast<const MlaDecodeArgs*>(p);
   Bump b{ctx.scratch};
   MlaDecodePlan<Isa> plan(b, a, ctx.nt);
-  const DecodeShape d = decode_shape(a, ctx.nt);
+  const DecodeShape d = decode_shape(a, plan.group, ctx.nt);
   const int64_t heads = a.shape.heads, dim = a.cache.dim;
   bf16* zeros = plan.zeros + ctx.tid * dim;
   std::memset(zeros, 0, 2 * static_cast<size_t>(dim));
 
   uint8_t* const keys = plan.keys + ctx.tid * plan.tile_bytes(dim, plan.width);
-  const KvTile tile{keys, keys + KvTile::key_bytes(dim, PassingTile<Isa>::key_panels()), dim, plan.width};
-  const Act q = act_at<Isa>(Format::BF16, plan.q + ctx.tid * plan.q_bytes, plan.group, dim);
-  const AttendScratch mem = attend_scratch<Isa>(plan.scratch + ctx.tid * plan.scratch_bytes, plan.group);
-  const AttendState part = plan.state(plan.part, ctx.tid), split = plan.state(plan.split, ctx.tid),
-                    acc = plan.state(plan.acc, ctx.tid);
+  const KvTile tile{keys, keys + plan.keys_bytes(dim), dim, plan.width};
+  // By whole panels of heads where they are so many; where threads share a panel of them, by tokens.
+  const bool by_head = d.group >= 16;
+  const int64_t padded = round_up(plan.group, 16);
+  uint8_t* const q_mem = plan.q + ctx.tid * plan.q_bytes;
+  const Act q = act_at<Isa>(Format::BF16, q_mem, plan.group, dim);
+  const Panels q_panels{Format::BF16, q_mem, dim * 32, dim / 2, nullptr};
+  const AttendScratch mem = attend_scratch<Isa>(plan.scratch + ctx.tid * plan.scratch_bytes, padded);
+  const AttendState split = plan.state(plan.split, ctx.tid), acc = plan.state(plan.acc, ctx.tid);
+  float* const part_max = plan.part + ctx.tid * 2 * padded;
+  const AttendState part{part_max, part_max + padded, nullptr, 0};
 
   int64_t prepared_row = -1, prepared_head = -1;  // the queries in q
   const auto run_item = [&](int64_t row, int64_t g, int64_t s, int64_t span) {
     const int64_t context = a.places.positions[row] + 1, seq = a.places.row_seq[row];
     const int64_t h0 = g * d.group, rows = tmin(d.group, heads - h0);
     if (row != prepared_row || h0 != prepared_head) {
-      for (int64_t r = 0; r < rows; ++r)
-        act_prepare_row<Isa>(Format::BF16, q, r, a.q_latent + (row * heads + h0 + r) * dim, dim);
+      const auto query = [&](int64_t r) { return a.q_latent + (row * heads + h0 + r) * dim; };
+      for (int64_t r = 0; r < rows && !by_head; ++r) act_prepare_row<Isa>(Format::BF16, q, r, query(r), dim);
+      for (int64_t r0 = 0; r0 < rows && by_head; r0 += 16) {
+        const bf16* of[16];
+        for (int64_t r = 0; r < 16; ++r) of[r] = r0 + r < rows ? query(r0 + r) : zeros;
+        KvTile{q_mem + r0 * dim * 2, nullptr, dim, 0}.pack_keys(of, 0, 1);
+      }
       prepared_row = row;
       prepared_head = h0;
     }
+    // The tile of tokens from t on joins `split`.
     const auto attend = [&](int64_t t) {
-      attend_reset(part, rows);
       const int64_t tokens = tmin(kTileTokens, context - t);
       const bf16* rows_at[kTileTokens];
       for (int64_t j = 0; j < kTileTokens; ++j)
         rows_at[j] = j < tokens ? cache_row(a.cache, a.places, seq, t + j) : zeros;
       const PassingTile<Isa> passing{tile, rows_at, tokens};
-      attend_tile<Isa>(q, rows, passing, tokens, a.scale, [&](int64_t) { return tokens; }, mem, part);
+      RowsAhead ahead;
+      ahead.dim = dim;
+      for (int64_t j = t + tokens; j < context && ahead.count < kTileTokens; ++j)
+        ahead.rows[ahead.count++] = cache_row(a.cache, a.places, seq, j);
+      if (by_head) {
+        const int64_t panels = ceil_div(rows, 16);
+        scores_by_head<Isa>(q_panels, panels, rows_at, tokens, dim, keys, mem.scores, ahead);
+        softmax_by_head<Isa>(panels, tokens, a.scale, mem, part.max, part.sum, ahead);
+      } else {
+        attend_forget(part, rows);
+        tile_scores<Isa>(q, rows, passing, tokens, mem.scores);
+        tile_softmax<Isa>(rows, tokens, a.scale, [&](int64_t) { return tokens; }, mem, part);
+      }
+      // As merge_state: what the values so far and the tile's are worth.
+      float* const worth = part.max;
+      for (int64_t i = 0; i < rows; i += 16) {
+        const vf before = vload(split.max + i), top = vload(part.max + i), m = vmax(before, top);
+        const vf old = vexp(vsub(before, m)), more = vexp(vsub(top, m));
+        vstore(split.sum + i, vadd(vmul(vload(split.sum + i), old), vmul(vload(part.sum + i), more)));
+        vstore(split.max + i, m);
+        vstore(mem.alpha + i, old);
+        vstore(worth + i, more);
+      }
+      tile_values<Isa>(rows, passing, tokens, mem, [&](int64_t i, int64_t column, vf sums) {
+        float* to = split.out + i * split.width + column;
+        vstore(to, vfma(vload(to), vset1(mem.alpha[i]), vmul(sums, vset1(worth[i]))));
+        ahead.fetch(1);
+      });
     };
     const auto attend_split = [&](int64_t t0) {
       attend_reset(split, rows);
-      for (int64_t t = t0; t < tmin(context, t0 + kSplitTokens); t += kTileTokens) {
-        attend(t);
-        merge_states(split, part, rows);
-      }
+      for (int64_t t = t0; t < tmin(context, t0 + kSplitTokens); t += kTileTokens) attend(t);
     };
     if (d.span == Span::kRow) {
       attend_reset(acc, rows);
@@ -473,17 +619,17 @@ void mla_decode(const Ctx& ctx, const void* p) {
         finish_latent<Isa>(a, plan, row, h0 + r, acc.out + r * plan.width, acc.sum[r]);
       return;
     }
-    const bool tiles = d.span == Span::kTile;
-    if (tiles)
+    if (d.span == Span::kTile) {
+      attend_reset(split, rows);
       attend(s * kTileTokens);
-    else
+    } else {
       attend_split(s * kSplitTokens);
-    const AttendState& done = tiles ? part : split;
+    }
     for (int64_t r = 0; r < rows; ++r) {
       float* to = plan.slot(a, span + s, h0 + r);
-      std::memcpy(to, done.out + r * plan.width, 4 * static_cast<size_t>(plan.width));
-      to[plan.width] = done.sum[r];
-      to[plan.width + 1] = done.max[r];
+      std::memcpy(to, split.out + r * plan.width, 4 * static_cast<size_t>(plan.width));
+      to[plan.width] = split.sum[r];
+      to[plan.width + 1] = split.max[r];
     }
   };
   // Items in order of (row, group, span).

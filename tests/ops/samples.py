@@ -1322,6 +1322,7 @@ def _table() -> list[Sample]:
             ("513-h3", SMALL, (513,), 16),
             ("edges-h3", SMALL, edges, 64),
             ("edges-h16", MIDDLE, edges, 64),
+            ("blocks-of-7-h16", MIDDLE, (129, 50), 7),
             ("wide", WIDE, (65, 200, 3), 64),
             ("h70", many, (129, 600), 32),
             ("n40", SMALL, tuple(range(1, 161, 4)), 16),
