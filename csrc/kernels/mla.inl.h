@@ -131,6 +131,9 @@ void mla_input(const Ctx& ctx, const void* p) {
 
 // ---- attention over tiles ----------------------------------------------------------------------
 
+// Weights of softmax are powers of two: scores are scaled by this too, and so are the maxima below.
+constexpr float kLog2E = 1.44269504f;
+
 // Softmax attention state of `rows` query rows: running maximum, sum and weighted values.
 struct AttendState {
   float* max;  // [rows]
@@ -253,6 +256,7 @@ void tile_softmax(int64_t rows, int64_t tokens, float scale, const Visible& visi
                   const AttendState& st) {
   const Act probs = act_at<Isa>(Format::BF16, mem.probs, rows, kTileTokens);
   const int64_t width = round_up(tokens, 32);
+  scale *= kLog2E;
   const vf vscale = vset1(scale);
   const auto seen_by = [&](int64_t i) { return tmax<int64_t>(0, tmin<int64_t>(tokens, visible(i))); };
   for (int64_t i0 = 0; i0 < rows; i0 += 16) {
@@ -269,22 +273,22 @@ void tile_softmax(int64_t rows, int64_t tokens, float scale, const Visible& visi
       before[i - i0] = st.max[i];
       st.max[i] = after[i - i0] = tmax(st.max[i], vhmax(top) * scale);
     }
-    vstore(mem.alpha + i0, vexp(vsub(vload(before), vload(after))));
+    vstore(mem.alpha + i0, vexp2(vsub(vload(before), vload(after))));
     for (int64_t i = i0; i < i1; ++i) {
       const float* s = mem.scores + i * kTileTokens;
       const int64_t seen = seen_by(i), whole = seen / 16 * 16;
-      const vf m = vset1(st.max[i]);
+      const vf less = vset1(-st.max[i]);
       vf sum = vset1(0.0f);
       int64_t k = 0;
       for (; k < whole; k += 16) {
-        const vf e = vexp(vsub(vmul(vload(s + k), vscale), m));
+        const vf e = vexp2(vfma(vload(s + k), vscale, less));
         sum = vadd(sum, e);
         act_store16<Isa>(probs, i, k, e);
       }
       // Hidden tokens weigh nothing at all: exp of the clamped argument would leave a trace.
       if (k < seen) {
         float t[16] = {};
-        vstore_n(t, vexp(vsub(vmul(vload(s + k), vscale), m)), static_cast<int>(seen - k));
+        vstore_n(t, vexp2(vfma(vload(s + k), vscale, less)), static_cast<int>(seen - k));
         sum = vadd(sum, vload(t));
         act_store16<Isa>(probs, i, k, vload(t));
         k += 16;
@@ -328,10 +332,10 @@ void attend_tile(const Act& q, int64_t rows, const Tile& tile, int64_t tokens, f
 // acc <- acc merged with part, both unnormalized. The order of merges is that of the context.
 LC_INLINE void merge_state(const AttendState& acc, int64_t i, float max, float sum, const float* out) {
   const float m = tmax(acc.max[i], max);
-  const vf a = vset1(exp1(acc.max[i] - m)), b = vset1(exp1(max - m));
+  const vf a = vset1(exp2_of(acc.max[i] - m)), b = vset1(exp2_of(max - m));
   float* to = acc.out + i * acc.width;
   for (int64_t k = 0; k < acc.width; k += 16) vstore(to + k, vfma(vload(to + k), a, vmul(vload(out + k), b)));
-  acc.sum[i] = acc.sum[i] * exp1(acc.max[i] - m) + sum * exp1(max - m);
+  acc.sum[i] = acc.sum[i] * exp2_of(acc.max[i] - m) + sum * exp2_of(max - m);
   acc.max[i] = m;
 }
 LC_INLINE void merge_states(const AttendState& acc, const AttendState& part, int64_t rows) {
@@ -394,6 +398,7 @@ template <class Isa>
 void softmax_by_head(int64_t panels, int64_t tokens, float scale, const AttendScratch& mem, float* max, float* sum,
                      RowsAhead& ahead) {
   const Act probs = act_at<Isa>(Format::BF16, mem.probs, panels * 16, kTileTokens);
+  scale *= kLog2E;
   const vf vscale = vset1(scale);
   for (int64_t p = 0; p < panels; ++p) {
     float* s = mem.scores + p * kTileTokens * 16;
@@ -401,12 +406,13 @@ void softmax_by_head(int64_t panels, int64_t tokens, float scale, const AttendSc
     for (int64_t t = 1; t < tokens; ++t) top = vmax(top, vload(s + t * 16));
     top = vmul(top, vscale);
     vstore(max + p * 16, top);
+    const vf less = vsub(vset1(0.0f), top);
     alignas(64) float sums[16][16] = {};  // by token modulo 16
     for (int64_t t0 = 0; t0 < round_up(tokens, 32); t0 += 16) {
       const uint8_t* lines[16];
       for (int64_t j = 0; j < 16; ++j) {
         float* at = s + (t0 + j) * 16;
-        const vf e = t0 + j < tokens ? vexp(vsub(vmul(vload(at), vscale), top)) : vset1(0.0f);
+        const vf e = t0 + j < tokens ? vexp2(vfma(vload(at), vscale, less)) : vset1(0.0f);
         vstore(sums[j], vadd(vload(sums[j]), e));
         vstore(at, e);
         lines[j] = reinterpret_cast<const uint8_t*>(at);
@@ -593,7 +599,7 @@ void mla_decode(const Ctx& ctx, const void* p) {
       float* const worth = part.max;
       for (int64_t i = 0; i < rows; i += 16) {
         const vf before = vload(split.max + i), top = vload(part.max + i), m = vmax(before, top);
-        const vf old = vexp(vsub(before, m)), more = vexp(vsub(top, m));
+        const vf old = vexp2(vsub(before, m)), more = vexp2(vsub(top, m));
         vstore(split.sum + i, vadd(vmul(vload(split.sum + i), old), vmul(vload(part.sum + i), more)));
         vstore(split.max + i, m);
         vstore(mem.alpha + i, old);
