@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path as FilePath
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -139,7 +140,7 @@ class ModelRunner:
         self._loaded = self._decoder.buffers if real else Inputs(limits, torch.device("cpu"))
         self._logit_rows = self._loaded.logit_rows.numpy()
         self._inputs = _StepInputs(config.vocab_size, limits)
-        self._graphs: dict[int, runtime.Graph] = {}
+        self._graphs: dict[int, tuple[runtime.Graph, StepLogits]] = {}
         self._closed = False
         self.load_seconds: dict[str, float] = {}
         if engine_config.use_graph:
@@ -256,9 +257,11 @@ class ModelRunner:
         out of range; nothing is computed then.
         """
         step, wanted = self._load(chunks)
-        if step.rows in self._graphs and step.absorbed == step.rows == len(chunks) == len(wanted):
-            self._graphs[step.rows].replay()
-            return self._logits.first(step.rows)
+        captured = self._graphs.get(step.rows)
+        if captured and step.absorbed == step.rows == len(chunks) == len(wanted):
+            graph, logits = captured
+            graph.replay()
+            return logits
         hidden = self._decoder.forward(step)
         count = len(wanted)
         if count == 0:
@@ -285,7 +288,7 @@ class ModelRunner:
         if self._closed:
             return
         self._closed = True
-        for graph in self._graphs.values():
+        for graph, _ in self._graphs.values():
             graph.free()
         self._graphs.clear()
         del self._decoder, self._logits, self._gathered, self._loaded, self._logit_rows
@@ -301,9 +304,10 @@ class ModelRunner:
         """
         for rows in range(1, min(self.limits.max_seqs, MAX_GRAPH_ROWS) + 1):
             step = Step(rows, rows, _NO_SEGMENTS)
+            logits = self._logits.first(rows)
             with runtime.Graph.capture() as graph:
-                self._decoder.logits(self._decoder.forward(step), self._logits.first(rows))
-            self._graphs[rows] = graph
+                self._decoder.logits(self._decoder.forward(step), logits)
+            self._graphs[rows] = graph, logits
 
     def _room_for(self, count: int) -> tuple[StepLogits, torch.Tensor]:
         """Logits and hidden rows for `count` rows: the fixed buffers where they are enough."""
@@ -319,11 +323,17 @@ class ModelRunner:
         )
 
     def _load(self, chunks: Sequence[SequenceChunk]) -> tuple[Step, list[int]]:
-        """Fills the step's input buffers. Gives the step and the rows whose logits are wanted."""
+        """Fills the step's input buffers. Gives the step and the rows whose logits are wanted.
+
+        A step has streamed its weights through the caches, so that the next one finds none of
+        Python's code and data there: what each token costs here is several times what a loop over
+        this alone would show.
+        """
         inputs = self._inputs
-        order = sorted(range(len(chunks)), key=lambda i: chunks[i].path != "decode")
-        inputs.check_room(chunks)
-        width = max(len(chunk.block_table) for chunk in chunks)
+        width = inputs.check_room(chunks)
+        order = [i for i, chunk in enumerate(chunks) if chunk.path == "decode"]
+        if len(order) < len(chunks):
+            order += [i for i, chunk in enumerate(chunks) if chunk.path != "decode"]
         ends = [0] * len(chunks)
         segments: list[list[int]] = []
         absorbed = row = 0
@@ -350,6 +360,9 @@ class ModelRunner:
         return Step(row, absorbed, segment_tensor), wanted
 
 
+_Views: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
 class _StepInputs:
     """Where a step's inputs are laid out before they are checked and copied to the fixed buffers.
 
@@ -372,28 +385,45 @@ class _StepInputs:
         self._row_seq_view = self._row_seq.numpy()
         self._tables_view = self._tables.numpy()
         self._steps = np.arange(limits.max_tokens, dtype=np.int32)
+        self._views: dict[tuple[int, int], "_Views"] = {}
 
-    def check_room(self, chunks: Sequence[SequenceChunk]) -> None:
-        """Raises RuntimeError where the chunks are more than the buffers hold."""
+    def check_room(self, chunks: Sequence[SequenceChunk]) -> int:
+        """The width of the block tables: that of the longest or some more, for few widths in all.
+
+        Raises RuntimeError where the chunks are more than the buffers hold.
+        """
         limits = self._limits
+        tokens = widest = 0
+        for chunk in chunks:
+            tokens += len(chunk.token_ids)
+            widest = max(widest, len(chunk.block_table))
+        if (
+            1 <= len(chunks) <= limits.max_seqs
+            and 1 <= tokens <= limits.max_tokens
+            and 1 <= widest <= limits.table_width
+        ):
+            return min(limits.table_width, 1 << (widest - 1).bit_length())
         for what, found, most in (
             ("sequences", len(chunks), limits.max_seqs),
-            ("tokens", sum(len(chunk.token_ids) for chunk in chunks), limits.max_tokens),
-            (
-                "blocks of a sequence",
-                max((len(chunk.block_table) for chunk in chunks), default=0),
-                limits.table_width,
-            ),
+            ("tokens", tokens, limits.max_tokens),
+            ("blocks of a sequence", widest, limits.table_width),
         ):
             if not 1 <= found <= most:
                 raise RuntimeError(f"a step holds 1 to {most} {what}, found {found}")
+        raise AssertionError("one of them is too many or too few")
 
     def put(self, seq: int, row: int, chunk: SequenceChunk, width: int) -> None:
         """Lays out a chunk as sequence number `seq`, from `row` on; tables are `width` wide."""
-        end = row + len(chunk.token_ids)
-        self._ids_view[row:end] = chunk.token_ids
-        np.add(self._steps[: end - row], chunk.start, out=self._positions_view[row:end])
-        self._row_seq_view[row:end] = seq
+        count = len(chunk.token_ids)
+        if count == 1:
+            self._ids_view[row] = chunk.token_ids[0]
+            self._positions_view[row] = chunk.start
+            self._row_seq_view[row] = seq
+        else:
+            end = row + count
+            self._ids_view[row:end] = chunk.token_ids
+            np.add(self._steps[:count], chunk.start, out=self._positions_view[row:end])
+            self._row_seq_view[row:end] = seq
         start, held = seq * width, len(chunk.block_table)
         self._tables_view[start : start + held] = chunk.block_table
         self._tables_view[start + held : start + width] = -1
@@ -401,10 +431,7 @@ class _StepInputs:
     def check_into(self, buffers: Inputs, rows: int, seqs: int, width: int) -> None:
         """Copies what was laid out into the fixed buffers, every value checked on the way."""
         mla.load_step(
-            self._token_ids[:rows],
-            self._positions[:rows],
-            self._row_seq[:rows],
-            self._tables[: seqs * width].view(seqs, width),
+            *self._laid_out(rows, seqs, width),
             self._vocab_size,
             self._limits.num_blocks,
             self._limits.block_size,
@@ -414,3 +441,17 @@ class _StepInputs:
             buffers.row_seq,
             buffers.block_tables,
         )
+
+    def _laid_out(self, rows: int, seqs: int, width: int) -> "_Views":
+        """Token ids, positions, sequences of rows, and block tables; those of decode steps kept."""
+        views = self._views.get((rows, width)) if rows == seqs else None
+        if views is None:
+            views = (
+                self._token_ids[:rows],
+                self._positions[:rows],
+                self._row_seq[:rows],
+                self._tables[: seqs * width].view(seqs, width),
+            )
+            if rows == seqs:
+                self._views[rows, width] = views
+        return views
