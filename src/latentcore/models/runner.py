@@ -385,7 +385,7 @@ class _StepInputs:
         self._row_seq_view = self._row_seq.numpy()
         self._tables_view = self._tables.numpy()
         self._steps = np.arange(limits.max_tokens, dtype=np.int32)
-        self._views: dict[tuple[int, int], "_Views"] = {}
+        self._views: dict[tuple[int, int], _Views] = {}
 
     def check_room(self, chunks: Sequence[SequenceChunk]) -> int:
         """The width of the block tables: that of the longest or some more, for few widths in all.
