@@ -95,10 +95,28 @@ def test_a_model_is_measured_case_by_case(folder: Path, *, use_graph: bool) -> N
         shares = {k.kernel: k.share for k in r.fabric.kernels}
         assert shares["moe"] is not None
         assert shares["embedding"] is None
-    assert any(result.ceilings.read_bandwidth == r.ceilings.read_bandwidth for r in result.results)
     assert result.results[1].experts == top_k
     one, many = result.results[1], result.results[2]
     assert many.nbytes > one.nbytes, "a prompt touches more experts and latents"
+
+
+@pytest.mark.usefixtures("brief_ceilings")
+def test_each_repeat_of_decoding_counts_with_the_bandwidth_beside_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = DecodeCase(1, 5)
+    measured = iter([1e9, 4e9, 2e9, 3e9])
+    monkeypatch.setattr("latentcore.bench.model.measure_bandwidth", lambda: next(measured))
+    runner = ModelRunner.load(folder, engine_config([case], "unquant", 1, use_graph=True))
+    result = bench_model(runner, "tiny", [case], 3, lambda *_: None)
+    runner.close()
+    found = result.results[0]
+    assert found.ceilings.read_bandwidth == 4e9  # of 4, 4 and 3
+    assert found.limit == "memory"
+    least = [found.nbytes / bandwidth for bandwidth in (4e9, 3e9)]
+    assert least[0] / found.seconds.high <= found.share <= least[1] / found.seconds.low
+    assert result.ceilings.read_bandwidth >= 4e9
+    assert next(measured, None) is None
 
 
 @pytest.mark.usefixtures("brief_ceilings")

@@ -59,6 +59,8 @@ def runs() -> list[tuple[Sample, int, str]]:
     and than heads; matrices with numbers of threads that cut their panels."""
     out = []
     for i, sample in enumerate(ALL):
+        if sample.op == "memory_placement":  # what it counts is where the threads are
+            continue
         ways = [(2, "eager")]
         if sample.op not in EAGER_ONLY:
             ways += [(1, "graph"), (2, "graph")]

@@ -21,6 +21,7 @@ DISTURBED = 0.05
 """Share of the processors' time taken by others from which on figures are not to be trusted."""
 
 _BANDWIDTH_SECONDS = 1.0
+_BRIEF_SECONDS = 0.01  # three readings a way
 _PEAK_SECONDS = 0.4
 
 _ARITHMETIC = {
@@ -129,6 +130,11 @@ def measure_ceilings(formats: Iterable[Format]) -> Ceilings:
     bandwidth = runtime.read_bandwidth(_BANDWIDTH_SECONDS)
     keep_read_bandwidth(bandwidth)
     return Ceilings(bandwidth, peaks)
+
+
+def measure_bandwidth() -> float:
+    """Bytes a second that the threads read now, measured as briefly as `measure_ceilings` can."""
+    return runtime.read_bandwidth(_BRIEF_SECONDS)
 
 
 @dataclass

@@ -2,10 +2,11 @@
 
 The *roofline share* of a step is (least possible time) / (measured time). The least time is the
 larger of bytes / read bandwidth and arithmetic / peak, both measured by the same threads right
-before and after the case, the higher counting: what a host allows changes within minutes where
-others use it. Bytes are those of the packed weights that the step touches, the experts that its
-rows chose counted, and of the latents that it reads. Each repeat computes other tokens, so that a
-cache larger than a step does not serve the same experts again.
+before and after the case, and the bandwidth before and after each repeat of decoding, the higher
+counting: what a host allows changes within seconds where others use it. Bytes are those of the
+packed weights that the step touches, the experts that its rows chose counted, and of the latents
+that it reads. Each repeat computes other tokens, so that a cache larger than a step does not serve
+the same experts again.
 """
 
 import time
@@ -20,6 +21,7 @@ from latentcore.bench.machine import (
     Disturbance,
     Machine,
     describe_machine,
+    measure_bandwidth,
     measure_ceilings,
     watched,
 )
@@ -117,7 +119,8 @@ class CaseResult:
     limit     what the least time is: `memory` or `arithmetic`
     experts   distinct experts that a MoE layer touched, the mean over layers and repeats
     nbytes    least bytes of a step, the median
-    ceilings  what the machine allowed around this case
+    ceilings  what the machine allowed around this case; where it decodes, the median of the
+              bandwidths beside its repeats, of which each counts with its own
     """
 
     case: str
@@ -154,11 +157,19 @@ class ModelResult:
 
 @dataclass
 class _Sample:
-    """A measured repeat of a case, before the ceilings are known."""
+    """A measured repeat of a case, before the ceilings are known.
+
+    bandwidth  what was read right before or after it, the higher; None where it is the case's
+    """
 
     seconds: float
     regions: list[runtime.Region]
     cost: StepCost
+    bandwidth: float | None
+
+    def ceilings(self, case: Ceilings) -> Ceilings:
+        """What the machine allowed around this repeat."""
+        return case if self.bandwidth is None else Ceilings(self.bandwidth, case.peaks)
 
 
 def engine_config(
@@ -196,8 +207,12 @@ def bench_model(
             samples = _measure(runner, case, repeats, note)
             note(f"read bandwidth and arithmetic peaks, after {case.name}", 0, 1)
             after = measure_ceilings(formats)
-            results.append(_result(case, samples, before.best(after)))
-            before, best = after, best.best(after)
+            around = before.best(after)
+            results.append(_result(case, samples, around))
+            best = best.best(after)
+            for sample in samples:
+                best = best.best(sample.ceilings(around))
+            before = after
     main = max(formats, key=lambda fmt: formats[fmt])
     return ModelResult(
         model=name,
@@ -240,16 +255,24 @@ def _measure(runner: ModelRunner, case: Case, repeats: int, note: Note) -> list[
         _fill(runner, case)
     counted = [_prepare(runner, case) for _ in range(repeats)]
     costs = [_cost(runner, steps) for steps in counted]
-    for _ in range(WARM_UP):
+    for _ in range(WARM_UP - 1):
         _run(runner, _prepare(runner, case))
+    decoding = isinstance(case, DecodeCase)
     samples = []
+    before = measure_bandwidth() if decoding else None
     for done, (steps, cost) in enumerate(zip(counted, costs, strict=True)):
         note(case.name, done, repeats)
+        if decoding or done == 0:  # a step follows a step, as it does where it counts
+            _run(runner, _prepare(runner, case))
         with runtime.profiled() as regions:
             start = time.perf_counter()
             _run(runner, steps)
             seconds = time.perf_counter() - start
-        samples.append(_Sample(seconds, regions, cost))
+        bandwidth = None
+        if before is not None:
+            after = measure_bandwidth()
+            before, bandwidth = after, max(before, after)
+        samples.append(_Sample(seconds, regions, cost, bandwidth))
     return samples
 
 
@@ -316,13 +339,15 @@ def _cost(runner: ModelRunner, steps: Steps) -> StepCost:
 def _result(
     case: Case,
     samples: Sequence[_Sample],
-    ceilings: Ceilings,
+    around: Ceilings,
 ) -> CaseResult:
     costs = [sample.cost for sample in samples]
     totals = [cost.total for cost in costs]
-    least = [ceilings.least_seconds(total) for total in totals]
+    ceilings = [sample.ceilings(around) for sample in samples]
+    least = [c.least_seconds(total) for c, total in zip(ceilings, totals, strict=True)]
     shares = [bound / s.seconds for bound, s in zip(least, samples, strict=True)]
-    reading = [total.nbytes / ceilings.read_bandwidth for total in totals]
+    reading = [t.nbytes / c.read_bandwidth for c, t in zip(ceilings, totals, strict=True)]
+    bandwidth = Spread.of([c.read_bandwidth for c in ceilings]).median
     experts = [count for cost in costs for count in cost.experts]
     seconds = Spread.of([sample.seconds for sample in samples])
     return CaseResult(
@@ -334,18 +359,18 @@ def _result(
         limit="memory" if reading == least else "arithmetic",
         experts=sum(experts) / len(experts) if experts else None,
         nbytes=Spread.of([total.nbytes for total in totals]).median,
-        ceilings=ceilings,
+        ceilings=Ceilings(bandwidth, around.peaks),
         fabric=_fabric(samples, ceilings),
     )
 
 
-def _fabric(samples: Sequence[_Sample], ceilings: Ceilings) -> Fabric:
+def _fabric(samples: Sequence[_Sample], ceilings: Sequence[Ceilings]) -> Fabric:
     """Medians over the repeats, each figure for itself."""
     overheads: list[float] = []
     imbalances: list[float] = []
     kernels: defaultdict[str, list[list[runtime.KernelRun]]] = defaultdict(list)
     shares: defaultdict[str, list[float]] = defaultdict(list)
-    for sample in samples:
+    for sample, allowed in zip(samples, ceilings, strict=True):
         runs = [run for region in sample.regions for run in region.kernels]
         own = sum(run.own for run in runs)
         overheads.append(1 - own / sample.seconds)
@@ -354,7 +379,7 @@ def _fabric(samples: Sequence[_Sample], ceilings: Ceilings) -> Fabric:
             mine = [run for run in runs if run.kernel == name]
             kernels[name].append(mine)
             if name in sample.cost.kernels:
-                least = ceilings.least_seconds(sample.cost.kernels[name])
+                least = allowed.least_seconds(sample.cost.kernels[name])
                 shares[name].append(least / sum(run.seconds for run in mine))
 
     def median(
