@@ -156,6 +156,8 @@ def main() -> None:
         one(args.checkpoint, args.threads, args.one)
         return
     runtime.set_threads(args.threads)
+    if args.cache is not None:
+        args.cache.mkdir(parents=True, exist_ok=True)
     cache = Path(tempfile.mkdtemp(dir=args.cache))
     os.environ["LATENTCORE_CACHE"] = str(cache)
     try:
