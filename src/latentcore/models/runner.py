@@ -430,8 +430,12 @@ class _StepInputs:
 
     def check_into(self, buffers: Inputs, rows: int, seqs: int, width: int) -> None:
         """Copies what was laid out into the fixed buffers, every value checked on the way."""
+        token_ids, positions, row_seq, block_tables = self._laid_out(rows, seqs, width)
         mla.load_step(
-            *self._laid_out(rows, seqs, width),
+            token_ids,
+            positions,
+            row_seq,
+            block_tables,
             self._vocab_size,
             self._limits.num_blocks,
             self._limits.block_size,
