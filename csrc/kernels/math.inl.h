@@ -21,7 +21,7 @@ LC_INLINE vf vexp(vf x) {
   p = vfma(p, vmul(r, r), vadd(r, vset1(1.0f)));
   return vscale2(p, n);
 }
-// 2^x for x up to 127, relative error below 2e-7; 0 below -126. A minimax polynomial for the rest of a rounded x.
+// 2^x for x up to 127, relative error below 2e-7; vanishes below -126. A minimax polynomial in x - round(x).
 LC_INLINE vf vexp2(vf x) {
   x = vmax(x, vset1(-150.0f));
   const vf n = vround(x), r = vsub(x, n);
