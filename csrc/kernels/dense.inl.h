@@ -130,7 +130,7 @@ void pieces_gemm(const Ctx& ctx, const Weight& weight, const Act& a, int64_t n, 
     const int64_t begin = ceil_div(r.begin, pieces);
     return Range{begin, tmax(begin, r.end / pieces)};
   };
-  each_share(ctx, 1, kPanelsAtOnce, whole,
+  each_share(ctx, 1, Take{kPanelsAtOnce}, whole,
              [&](int, int64_t, int64_t p0, int64_t p1) { gemm<Isa>(w, p0, p1, a, n, sink); });
   ctx.barrier();
   // Panels of several threads, by the one that computed the last piece.
@@ -183,7 +183,7 @@ void linear(const Ctx& ctx, const void* p) {
 template <class Fn>
 LC_INLINE void each_unit(const Ctx& ctx, int64_t batch, int64_t panels, const Fn& f) {
   each_share(
-      ctx, 1, panels, [&](int64_t, int t) { return owned(batch * panels, t, ctx.nt, 0); },
+      ctx, 1, Take{panels}, [&](int64_t, int t) { return owned(batch * panels, t, ctx.nt, 0); },
       [&](int, int64_t, int64_t begin, int64_t end) {
         for (int64_t u = begin; u < end;) {
           const int64_t item = u / panels, p0 = u % panels, p1 = tmin(panels, p0 + end - u);
@@ -268,7 +268,7 @@ void parted_gate_up(const Ctx& ctx, int64_t count, const Pairs& pairs_of, const 
     const Range r = own(list, t);
     return r.size() > 0 ? Range{r.begin / 2, ceil_div(r.end, 2)} : Range{0, 0};
   };
-  each_share(ctx, count, kPanelsAtOnce / 2, pairs, [&](int of, int64_t list, int64_t begin, int64_t end) {
+  each_share(ctx, count, Take{kPanelsAtOnce / 2}, pairs, [&](int of, int64_t list, int64_t begin, int64_t end) {
     const GateUp g = at(list);
     const Range r = own(list, of);
     int64_t p0 = tmax(r.begin, 2 * begin);

@@ -498,7 +498,7 @@ void shared_gemm_by(const Ctx& ctx, const Weight& weight, const Act& a, int64_t 
   const int64_t block = cached_rows(a);
   if (m <= block) {
     each_share(
-        ctx, 1, u.most(), [&](int64_t, int t) { return range(t); },
+        ctx, 1, Take{u.most()}, [&](int64_t, int t) { return range(t); },
         [&](int, int64_t, int64_t begin, int64_t end) {
           const int64_t p0 = u.first(begin), p1 = u.first(end);
           gemm<Isa>(w, p0, p1, w.base + p1 * w.stride, a, m, multiple, sink);
@@ -506,7 +506,7 @@ void shared_gemm_by(const Ctx& ctx, const Weight& weight, const Act& a, int64_t 
     return;
   }
   each_share(
-      ctx, ceil_div(m, block), 1, [](int64_t, int) { return Range{0, 1}; },
+      ctx, ceil_div(m, block), Take{1}, [](int64_t, int) { return Range{0, 1}; },
       [&](int of, int64_t list, int64_t, int64_t) {
         const Range r = range(of);
         const int64_t i0 = list * block;

@@ -640,7 +640,7 @@ void mla_decode(const Ctx& ctx, const void* p) {
   };
   // Items in order of (row, group, span).
   each_share(
-      ctx, 1, 1, [&](int64_t, int t) { return owned(d.items, t, ctx.nt, 0); },
+      ctx, 1, Take{1}, [&](int64_t, int t) { return owned(d.items, t, ctx.nt, 0); },
       [&](int, int64_t, int64_t begin, int64_t) {
         int64_t row = 0, item = begin, span = 0;
         for (;; ++row) {
@@ -769,7 +769,7 @@ void mla_prefill(const Ctx& ctx, const void* p) {
 
     const int64_t piece = round_up(ceil_div(count, plan.parts), 16);
     const auto units = [&](int64_t, int t) { return owned(sh.heads * plan.parts, t, ctx.nt, 0); };
-    each_share(ctx, 1, 1, units, [&](int, int64_t, int64_t u, int64_t) {
+    each_share(ctx, 1, Take{1}, units, [&](int, int64_t, int64_t u, int64_t) {
       const int64_t h = u / plan.parts, r0 = u % plan.parts * piece, r1 = tmin(count, r0 + piece);
       if (r0 >= r1) return;
       const int64_t rows = r1 - r0;

@@ -105,8 +105,14 @@ void route(const Ctx& ctx, const void* p) {
   }
 }
 
+// Grouped rows [first, first + count) of an expert.
+struct RowBlock {
+  int64_t expert, first, count;
+};
+
 // Which rows of the grouped activations belong to which expert. Every thread computes it alike.
 struct Grouping {
+  static constexpr int64_t kBlockRows = 256;  // whose activations stay in the second-level cache
   int64_t* first;    // [experts + 1] first grouped row of an expert, a multiple of 16
   int32_t* count;    // [experts] its rows
   int32_t* live;     // [experts] rows of the experts before it
@@ -114,10 +120,16 @@ struct Grouping {
   int32_t* token;    // [rows] token of a grouped row; -1 in the padding
   int32_t* place;    // [pairs] grouped row of a (token, choice); -1 for an expert that does not exist
   float* weight;     // [rows]
-  int64_t experts, rows, active_count = 0;
+  RowBlock* blocks;  // the rows of all experts in blocks, where tokens are many
+  int64_t* cost;     // [blocks + 1] of the blocks before it, for a pair of panels
+  int64_t experts, rows, active_count = 0, block_count = 0;
 
   static int64_t capacity(int64_t n, int64_t top_k, int64_t experts) {
     return round_up(n * top_k, 16) + 16 * tmin(n * top_k, experts);
+  }
+  static int64_t most_blocks(const MoeArgs& a) {
+    const int64_t pairs = a.n * a.top_k;
+    return a.n > kPartRows ? tmin(a.gate_up.layout.batch, pairs) + pairs / kBlockRows : 0;
   }
   Grouping(Bump& b, const MoeArgs& a) : experts(a.gate_up.layout.batch) {
     rows = capacity(a.n, a.top_k, experts);
@@ -128,7 +140,10 @@ struct Grouping {
     token = b.take<int32_t>(rows);
     place = b.take<int32_t>(a.n * a.top_k);
     weight = b.take<float>(rows);
+    blocks = b.take<RowBlock>(most_blocks(a));
+    cost = b.take<int64_t>(most_blocks(a) + 1);
   }
+  RowBlock all_of(int64_t expert) const { return {expert, first[expert], count[expert]}; }
   void build(const MoeArgs& a) {
     for (int64_t e = 0; e < experts; ++e) count[e] = 0;
     const int64_t pairs = a.n * a.top_k;
@@ -154,12 +169,48 @@ struct Grouping {
       token[r] = static_cast<int32_t>(i / a.top_k);
       weight[r] = a.weights[i];
     }
+    if (most_blocks(a) > 0) cut();
+  }
+  void cut() {
+    cost[0] = 0;
+    for (int64_t i = 0; i < active_count; ++i) {
+      const RowBlock all = all_of(active[i]);
+      // Of equal size, in whole tiles of rows.
+      const int64_t size = round_up(ceil_div(all.count, ceil_div(all.count, kBlockRows)), 32);
+      for (int64_t r = 0; r < all.count; r += size) {
+        blocks[block_count] = {all.expert, all.first + r, tmin(size, all.count - r)};
+        // Reading the weights costs about as much as 16 rows.
+        cost[block_count + 1] = cost[block_count] + round_up(blocks[block_count].count, 16) + 16;
+        ++block_count;
+      }
+    }
+  }
+};
+
+// Who multiplies which pairs of panels of which blocks. A thread takes neighbouring pairs of neighbouring blocks,
+// at equal cost, so that few threads read the same rows; of every matrix, a memory node takes what lies in it.
+struct BlockShares {
+  const int64_t* cost;
+  Range node, here;  // threads of the node; the pairs that they own
+  int64_t total;
+  BlockShares(const Ctx& ctx, const Grouping& groups, int64_t pairs)
+      : cost(groups.cost),
+        node(ctx.node),
+        here{owned(pairs, node.begin, ctx.nt, 0).begin, owned(pairs, node.end - 1, ctx.nt, 0).end},
+        total(groups.cost[groups.block_count] * here.size()) {}
+  Range operator()(int64_t block, int t) const {
+    const int64_t each = cost[block + 1] - cost[block], before = cost[block] * here.size();
+    const auto at = [&](int64_t thread) {
+      const int64_t bound = total * thread / node.size() - before;
+      return here.begin + (bound <= 0 ? 0 : tmin(here.size(), ceil_div(bound, each)));
+    };
+    return {at(t - node.begin), at(t - node.begin + 1)};
   }
 };
 
 template <class Isa>
 struct MoePlan {
-  int64_t grouping_bytes, x_bytes, h_bytes;
+  int64_t grouping_bytes, blocks, x_bytes, h_bytes;
   uint8_t *grouping, *x, *h;
   bf16* gated;  // [rows, intermediate]
   float* sum;   // [panels of hidden, n, 16]
@@ -175,6 +226,7 @@ struct MoePlan {
     Grouping g(count, a);
     grouping_bytes = count.used;
     rows = g.rows;
+    blocks = Grouping::most_blocks(a);
     n = a.n;
     single = n == 1;
     const Layout &gl = a.gate_up.layout, &dl = a.down.layout;
@@ -225,7 +277,7 @@ void parted_down(const Ctx& ctx, const MoeArgs& a, const MoePlan<Isa>& plan, con
   const auto weights = [&](int64_t list) {
     return list < others ? panels_of(a.shared_down, 0) : panels_of(a.down, groups.active[list - others]);
   };
-  each_share(ctx, lists, kPanelsAtOnce, own, [&](int of, int64_t list, int64_t p0, int64_t p1) {
+  each_share(ctx, lists, Take{kPanelsAtOnce}, own, [&](int of, int64_t list, int64_t p0, int64_t p1) {
     const bool is_shared = list < others;
     const int64_t e = is_shared ? 0 : groups.active[list - others];
     float* to = plan.results + (is_shared ? 0 : others * a.n + groups.live[e]) * top;
@@ -337,24 +389,33 @@ void moe(const Ctx& ctx, const void* p) {
       shared_gemm<Isa>(ctx, a.shared_gate_up, sx, a.n, 2, 0, sink_of(gate));
     }
     const Units pairs(gl, a.n, 2);
-    const auto own_pairs = [&](int64_t list, int t) {
-      return owned_in_turn(pairs.count(), others + list, lists, t, ctx.nt);
+    const auto gate_up = [&](const RowBlock& rows, int64_t begin, int64_t end, const RowBlock* then,
+                             int64_t first) {
+      auto gate = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
+        store_gated(plan.gated, inter, inter, rows.first + m0, m, panel, np, c);
+      };
+      const Panels w = panels_of(a.gate_up, rows.expert);
+      const int64_t p0 = pairs.first(begin), p1 = pairs.first(end);
+      const uint8_t* next = w.base + p1 * w.stride;
+      if (then != nullptr) next = panels_of(a.gate_up, then->expert).base + pairs.first(first) * w.stride;
+      gemm<Isa>(w, p0, p1, next, plan.single ? x : x.from(rows.first), rows.count, 2, sink_of(gate));
     };
-    each_share(ctx, groups.active_count, pairs.most(), own_pairs,
-               [&](int of, int64_t list, int64_t begin, int64_t end) {
-                 const int64_t e = groups.active[list], row0 = groups.first[e];
-                 auto gate = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
-                   store_gated(plan.gated, inter, inter, row0 + m0, m, panel, np, c);
-                 };
-                 const Panels w = panels_of(a.gate_up, e);
-                 const int64_t p0 = pairs.first(begin), p1 = pairs.first(end);
-                 const uint8_t* next = w.base + p1 * w.stride;
-                 if (end == own_pairs(list, of).end && list + 1 < groups.active_count) {
-                   const Panels then = panels_of(a.gate_up, groups.active[list + 1]);
-                   next = then.base + pairs.first(own_pairs(list + 1, of).begin) * then.stride;
-                 }
-                 gemm<Isa>(w, p0, p1, next, plan.single ? x : x.from(row0), groups.count[e], 2, sink_of(gate));
-               });
+    const auto each = [&](int64_t blocks, const auto& block, const auto& own) {
+      each_share(ctx, blocks, Take{pairs.most()}, own, [&](int of, int64_t list, int64_t begin, int64_t end) {
+        const RowBlock rows = block(list);
+        if (end < own(list, of).end || list + 1 == blocks) return gate_up(rows, begin, end, nullptr, 0);
+        const RowBlock then = block(list + 1);
+        gate_up(rows, begin, end, &then, own(list + 1, of).begin);
+      });
+    };
+    if (plan.blocks > 0) {
+      const BlockShares shares(ctx, groups, pairs.count());
+      each(groups.block_count, [&](int64_t list) { return groups.blocks[list]; }, shares);
+    } else {
+      each(
+          groups.active_count, [&](int64_t list) { return groups.all_of(groups.active[list]); },
+          [&](int64_t list, int t) { return owned_in_turn(pairs.count(), others + list, lists, t, ctx.nt); });
+    }
     ctx.barrier();
   }
 
@@ -380,7 +441,9 @@ void moe(const Ctx& ctx, const void* p) {
   // All experts for a few columns, the shared one first, then those columns as bf16.
   const Units columns(dl, a.n, 1);
   const auto own_columns = [&](int64_t, int t) { return owned(columns.count(), t, ctx.nt, 0); };
-  each_share(ctx, 1, 2 * columns.most(), own_columns, [&](int, int64_t, int64_t begin, int64_t end) {
+  // Of many rows, columns that are computed together read them once.
+  const Take take = a.n > kPartRows ? Take{8, 3} : Take{2 * columns.most()};
+  each_share(ctx, 1, take, own_columns, [&](int, int64_t, int64_t begin, int64_t end) {
     const int64_t p0 = columns.first(begin), p1 = columns.first(end);
     const auto weights = [&](int64_t list) {
       return list < groups.active_count ? panels_of(a.down, groups.active[list]) : Panels{};

@@ -7,12 +7,19 @@
 
 namespace {
 
+// How many units of its share a thread takes at once: at most `most`, and no more than so many quarters of what is
+// left, so that there is something to help with. Units that read the same rows are better taken together.
+struct Take {
+  int64_t most, quarters = 1;
+  int64_t of(int64_t left) const { return tmax<int64_t>(1, tmin(most, left * quarters / 4)); }
+};
+
 // Runs fn(owner, list, begin, end) over every unit of every list. Thread t owns share(list, t) of each and
-// takes it front to back, list by list, at most `most` units at a time, fewer towards the end. Then it
-// helps a few threads of its memory node, so that a thread that the system held up does not hold up all.
-// Who computes a unit never changes its result.
+// takes it front to back, list by list. Then it helps a few threads of its memory
+// node, so that a thread that the system held up does not hold up all. Who computes a unit never changes its
+// result.
 template <class Share, class Fn>
-LC_INLINE void each_share(const Ctx& ctx, int64_t lists, int64_t most, const Share& share, const Fn& fn) {
+LC_INLINE void each_share(const Ctx& ctx, int64_t lists, Take take, const Share& share, const Fn& fn) {
   Shares::Share* const shares = ctx.open_phase();
   for (int bit = 0; bit < ctx.node.size(); bit = bit == 0 ? 1 : 2 * bit) {
     const int of = helped(ctx.node, ctx.tid, bit);
@@ -28,9 +35,7 @@ LC_INLINE void each_share(const Ctx& ctx, int64_t lists, int64_t most, const Sha
         before += r.size();
         r = share(++list, of);
       }
-      const int64_t left = total - at;
-      const int64_t want = left >= 4 * most ? most : tmax<int64_t>(1, left / 4);
-      const int64_t count = tmin(want, before + r.size() - at);
+      const int64_t count = tmin(take.of(total - at), before + r.size() - at);
       if (!taken.compare_exchange_weak(at, at + count, std::memory_order_relaxed)) continue;
       const int64_t begin = r.begin + at - before;
       fn(of, list, begin, begin + count);
