@@ -105,6 +105,9 @@ struct Amx : Avx512<true, true> {
   template <Format F>
   static void tile_product(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next, const Act& a, int64_t m,
                            int multiple, const Sink& sink);
+  template <bool Add>
+  static void plain_product(const Panels& w, int64_t panels, const Act& a, int64_t m, float* c, int64_t row_stride,
+                            int64_t panel_stride);
   template <Format F>
   static int64_t peak_round(int64_t iters);
 };

@@ -1,6 +1,9 @@
 // Multi-head latent attention (DeepSeek-V2 technical report, section 2.1).
 #pragma once
 
+#include <atomic>
+#include <new>
+
 #include "kernels/dense.inl.h"
 
 namespace {
@@ -194,15 +197,14 @@ struct WholeTile {
   const uint8_t* values(int64_t, int64_t) const { return kv.values; }
 };
 // A tile that is attended once: a few panels are packed, used, and packed over, so that they never leave the
-// first-level cache. (AMX has them all at once: it packs what it multiplies by as well.)
+// first-level cache.
 template <class Isa>
 struct PassingTile {
   KvTile kv;
   const bf16* const* rows;
   int64_t tokens;
-  static int64_t key_panels() { return Isa::kTiles ? kTileTokens / 16 : 1; }
-  static int64_t value_panels(int64_t value_dim) { return Isa::kTiles ? ceil_div(value_dim, 16) : 2; }
-  int64_t value_panels() const { return value_panels(kv.value_dim); }
+  static constexpr int64_t key_panels() { return Isa::kTiles ? 2 : 1; }
+  static constexpr int64_t value_panels() { return 2; }
   const uint8_t* keys(int64_t p0, int64_t p1) const {
     // The rows behind, while these are packed and multiplied.
     for (int64_t j = p1 * 16; j < tmin(tokens, (2 * p1 - p0) * 16); ++j)
@@ -215,6 +217,11 @@ struct PassingTile {
     return kv.values;
   }
 };
+
+// Most heads that attend to a tile together in decoding. More share the packing of values, but their states have
+// to lie close.
+template <class Isa>
+constexpr int64_t kMaxGroup = Isa::kTiles ? 128 : 64;
 
 struct AttendScratch {
   float* scores;  // [rows, kTileTokens]
@@ -245,6 +252,12 @@ void tile_scores(const Act& q, int64_t rows, const Tile& tile, int64_t tokens, f
   for (const int64_t end = ceil_div(tokens, 16); at < end; at += tile.key_panels()) {
     const int64_t n = tmin(tile.key_panels(), end - at);
     const Panels keys{Format::BF16, tile.keys(at, at + n), kv.key_stride(), kv.key_dim / 2, nullptr};
+    if constexpr (Isa::kTiles) {
+      if (rows >= 16) {
+        Isa::template plain_product<false>(keys, n, q, rows, scores + at * 16, kTileTokens, 16);
+        continue;
+      }
+    }
     gemm<Isa>(keys, 0, n, keys.base, q, rows, 1, sink_of(store));
   }
 }
@@ -313,6 +326,15 @@ void tile_values(int64_t rows, const Tile& tile, int64_t tokens, const AttendScr
     const int64_t n = tmin(tile.value_panels(), end - at);
     const Panels values{Format::BF16, tile.values(at, at + n), kv.value_stride(), round_up(tokens, 32) / 2,
                         nullptr};
+    if constexpr (Isa::kTiles) {
+      if (rows >= 16) {
+        alignas(64) float c[kMaxGroup<Isa> * 32];
+        Isa::template plain_product<false>(values, n, probs, rows, c, 32, 16);
+        for (int64_t i = 0; i < rows; ++i)
+          for (int64_t j = 0; j < n; ++j) sums(i, (at + j) * 16, vload(c + i * 32 + j * 16));
+        continue;
+      }
+    }
     gemm<Isa>(values, 0, n, values.base, probs, rows, 1, sink_of(each));
   }
 }
@@ -323,6 +345,19 @@ void attend_tile(const Act& q, int64_t rows, const Tile& tile, int64_t tokens, f
                  const AttendScratch& mem, const AttendState& st) {
   tile_scores<Isa>(q, rows, tile, tokens, mem.scores);
   tile_softmax<Isa>(rows, tokens, scale, visible, mem, st);
+  if constexpr (Isa::kTiles) {
+    // Tiles add to what st holds themselves. Most maxima stay, and with them most rows.
+    for (int64_t i = 0; i < rows; ++i) {
+      if (mem.alpha[i] == 1.0f) continue;
+      const vf alpha = vset1(mem.alpha[i]);
+      float* row = st.out + i * st.width;
+      for (int64_t k = 0; k < st.width; k += 16) vstore(row + k, vmul(vload(row + k), alpha));
+    }
+    const Panels values{Format::BF16, tile.kv.values, KvTile::value_stride(), round_up(tokens, 32) / 2, nullptr};
+    const Act probs = act_at<Isa>(Format::BF16, mem.probs, rows, kTileTokens);
+    Isa::template plain_product<true>(values, tile.value_panels(), probs, rows, st.out, st.width, 16);
+    return;
+  }
   tile_values<Isa>(rows, tile, tokens, mem, [&](int64_t i, int64_t column, vf sums) {
     float* to = st.out + i * st.width + column;
     vstore(to, vfma(vload(to), vset1(mem.alpha[i]), sums));
@@ -388,6 +423,12 @@ void scores_by_head(const Panels& q, int64_t panels, const bf16* const* rows, in
       for (int64_t j = 0; j < m; ++j) act_prepare_row<Isa>(Format::BF16, a, j, rows[at + j], dim);
     }
     ahead.fetch(m * 8);
+    if constexpr (Isa::kTiles) {
+      if (m >= 16) {
+        Isa::template plain_product<false>(q, panels, a, m, scores + at * 16, 16, kTileTokens * 16);
+        continue;
+      }
+    }
     gemm<Isa>(q, 0, panels, q.base, a, m, 1, sink_of(store));
   }
 }
@@ -444,10 +485,6 @@ struct DecodeShape {
   }
 };
 
-// More share the packing of values, but their states have to lie close.
-template <class Isa>
-constexpr int64_t kMaxGroup = Isa::kTiles ? 128 : 64;
-
 LC_INLINE int64_t spans_in(const MlaDecodeArgs& a, Span span) {
   int64_t count = 0;
   for (int64_t i = 0; i < a.n; ++i) count += DecodeShape::spans_of(span, a.places.positions[i] + 1);
@@ -488,9 +525,9 @@ struct MlaDecodePlan {
   uint8_t* latent_act;       // [heads] prepared activations [n, latent]
 
   // With what register tiles fetch behind them, so that no thread fetches what another one writes.
-  static int64_t tile_bytes(int64_t dim, int64_t width) {
+  static int64_t tile_bytes(int64_t dim) {
     using Tile = PassingTile<Isa>;
-    return keys_bytes(dim) + KvTile::value_bytes(Tile::value_panels(width)) + 8192;
+    return keys_bytes(dim) + KvTile::value_bytes(Tile::value_panels()) + 8192;
   }
   // Keys in panels or, where heads are, rows widened to fp32.
   static int64_t keys_bytes(int64_t dim) {
@@ -506,7 +543,7 @@ struct MlaDecodePlan {
     act_bytes = act_size<Isa>(a.w_vc.layout.format, a.n, a.shape.latent);
     zeros = b.take<bf16>(nt * a.cache.dim);
     q = b.take<uint8_t>(nt * q_bytes);
-    keys = b.take<uint8_t>(nt * tile_bytes(a.cache.dim, width));
+    keys = b.take<uint8_t>(nt * tile_bytes(a.cache.dim));
     scratch = b.take<uint8_t>(nt * scratch_bytes);
     state_floats = round_up(state_size(group, width), 16);
     part = b.take<float>(nt * 2 * round_up(group, 16));
@@ -547,7 +584,7 @@ void mla_decode(const Ctx& ctx, const void* p) {
   bf16* zeros = plan.zeros + ctx.tid * dim;
   std::memset(zeros, 0, 2 * static_cast<size_t>(dim));
 
-  uint8_t* const keys = plan.keys + ctx.tid * plan.tile_bytes(dim, plan.width);
+  uint8_t* const keys = plan.keys + ctx.tid * plan.tile_bytes(dim);
   const KvTile tile{keys, keys + plan.keys_bytes(dim), dim, plan.width};
   // By whole panels of heads where they are so many; where threads share a panel of them, by tokens.
   const bool by_head = d.group >= 16;
@@ -697,6 +734,35 @@ constexpr int64_t kQueryRows = Isa::kTiles ? 64 : 96;
 // them: the rows and their states, which are larger, are read once for so many tiles.
 constexpr int64_t kTilesAtOnce = 4;
 
+// The unit that a thread is at: a head's query rows, in blocks, and keys and values that are ready for them. The
+// thread itself and those that have no unit left take the blocks one by one.
+struct Station {
+  std::atomic<uint64_t> next{0};  // 32 bits of turn, 16 of blocks, 16 of the next block
+  alignas(64) std::atomic<int64_t> left{0};  // blocks of this turn that are not done
+  std::atomic<bool> busy{true};
+  int64_t head, row, pos, rows;  // the first row, where it stands in its sequence, and how many
+  int64_t t0, t1;                // the tokens whose keys and values are ready
+
+  // Blocks [first, count) of what stands in the fields now.
+  void open(int64_t first, int64_t count) {
+    left.store(count - first, std::memory_order_relaxed);
+    const uint64_t turn = (next.load(std::memory_order_relaxed) >> 32) + 1;
+    next.store(turn << 32 | static_cast<uint64_t>(count << 16 | first), std::memory_order_release);
+  }
+  // A block that nobody else has; -1 where there is none. The fields stay until it is done.
+  int64_t take() {
+    uint64_t at = next.load(std::memory_order_acquire);
+    while ((at & 0xffff) < (at >> 16 & 0xffff))
+      if (next.compare_exchange_weak(at, at + 1, std::memory_order_acq_rel, std::memory_order_acquire))
+        return static_cast<int64_t>(at & 0xffff);
+    return -1;
+  }
+  void done() { left.fetch_sub(1, std::memory_order_release); }
+  void wait() const {
+    while (left.load(std::memory_order_acquire) != 0) _mm_pause();
+  }
+};
+
 template <class Isa>
 struct MlaPrefillPlan {
   int64_t parts;  // pieces of a head's query rows, where there are fewer heads than threads
@@ -707,6 +773,7 @@ struct MlaPrefillPlan {
   uint8_t *q, *keys, *values, *scratch;
   bf16 *kt, *vt;
   float* state;
+  Station* stations;
 
   MlaPrefillPlan(Bump& b, const MlaPrefillArgs& a, int nt) {
     parts = tmax<int64_t>(1, nt / tmax<int64_t>(1, a.shape.heads));
@@ -727,6 +794,18 @@ struct MlaPrefillPlan {
     kt = b.take<bf16>(nt * kt_bytes / 2);
     vt = b.take<bf16>(nt * vt_bytes / 2);
     state = b.take<float>(nt * state_floats);
+    stations = b.take<Station>(nt);
+  }
+  // What thread t has of each.
+  Act q_of(int t) const { return act_at<Isa>(Format::BF16, q + t * q_bytes, rows, key_dim); }
+  AttendState state_of(int t) const {
+    float* base = state + t * state_floats;
+    return {base, base + rows, base + 2 * rows, v_pad};
+  }
+  KvTile tile_of(int t, int64_t number) const {  // of kTilesAtOnce
+    const int64_t i = t * kTilesAtOnce + number;
+    return {keys + i * KvTile::key_bytes(key_dim, kTileTokens / 16), values + i * KvTile::value_bytes(v_pad / 16),
+            key_dim, v_pad};
   }
 };
 
@@ -740,17 +819,12 @@ void mla_prefill(const Ctx& ctx, const void* p) {
   const int64_t dim = sh.nope + sh.rope, per_head = sh.nope + sh.v;
   const Panels w = panels_of(a.kv_b, 0);
 
-  const auto tile_at = [&](int64_t number) {  // of kTilesAtOnce
-    const int64_t i = ctx.tid * kTilesAtOnce + number;
-    return KvTile{plan.keys + i * KvTile::key_bytes(plan.key_dim, kTileTokens / 16),
-                  plan.values + i * KvTile::value_bytes(plan.v_pad / 16), plan.key_dim, plan.v_pad};
-  };
-  const Act q = act_at<Isa>(Format::BF16, plan.q + ctx.tid * plan.q_bytes, plan.rows, plan.key_dim);
+  const Act q = plan.q_of(ctx.tid);
+  const AttendState st = plan.state_of(ctx.tid);
   const AttendScratch mem = attend_scratch<Isa>(plan.scratch + ctx.tid * plan.scratch_bytes, kQueryRows<Isa>);
   bf16* kt = plan.kt + ctx.tid * plan.kt_bytes / 2;
   bf16* vt = plan.vt + ctx.tid * plan.vt_bytes / 2;
-  float* base = plan.state + ctx.tid * plan.state_floats;
-  const AttendState st{base, base + plan.rows, base + 2 * plan.rows, plan.v_pad};
+  Station& mine = *new (plan.stations + ctx.tid) Station;
   const bf16 *key_rows[kTileTokens], *value_rows[kTileTokens];
   for (int64_t j = 0; j < kTileTokens; ++j) {
     key_rows[j] = kt + j * plan.key_dim;
@@ -762,10 +836,37 @@ void mla_prefill(const Ctx& ctx, const void* p) {
     const int64_t row0 = seg[0], count = seg[1], seq = seg[2], pos0 = seg[3], context = pos0 + count;
     const Act latents = act_at<Isa>(l.format, plan.latents, round_up(a.max_context, kTileTokens), sh.latent);
     if (sgm > 0) ctx.barrier();  // the last segment's latents are still read
-    const Range mine = owned(context, ctx.tid, ctx.nt, 0);
-    for (int64_t t = mine.begin; t < mine.end; ++t)
+    mine.busy.store(true, std::memory_order_relaxed);
+    const Range prepared = owned(context, ctx.tid, ctx.nt, 0);
+    for (int64_t t = prepared.begin; t < prepared.end; ++t)
       act_prepare_row<Isa>(l.format, latents, t, cache_row(a.cache, a.places, seq, t), sh.latent);
     ctx.barrier();
+
+    const auto tokens_at = [&](int64_t t) { return tmin(kTileTokens, context - t); };
+    // A block of rows of the unit that thread t is at.
+    const auto attend_rows = [&](int t, int64_t block) {
+      const Station& of = plan.stations[t];
+      const int64_t i = block * kQueryRows<Isa>, n = tmin(kQueryRows<Isa>, of.rows - i), pos = of.pos + i;
+      const AttendState all = plan.state_of(t);
+      const AttendState at{all.max + i, all.sum + i, all.out + i * plan.v_pad, plan.v_pad};
+      const Act queries = plan.q_of(t).from(i);
+      for (int64_t t0 = of.t0; t0 < tmin(of.t1, pos + n); t0 += kTileTokens)  // what lies behind is the future
+        attend_tile<Isa>(
+            queries, n, WholeTile{plan.tile_of(t, (t0 - of.t0) / kTileTokens)}, tokens_at(t0), a.scale,
+            [&](int64_t r) { return pos + r + 1 - t0; }, mem, at);
+      if (of.t1 < pos + n) return;
+      for (int64_t r = 0; r < n; ++r) {
+        const vf inv = vset1(1.0f / at.sum[r]);
+        bf16* to = a.out + ((of.row + i + r) * sh.heads + of.head) * sh.v;
+        for (int64_t k = 0; k < sh.v; k += 16)
+          vstore_bf16_n(to + k, vmul(vload(at.out + r * plan.v_pad + k), inv),
+                        static_cast<int>(tmin<int64_t>(16, sh.v - k)));
+      }
+    };
+    const auto help = [&](int t) {
+      Station& of = plan.stations[t];
+      for (int64_t block; (block = of.take()) >= 0; of.done()) attend_rows(t, block);
+    };
 
     const int64_t piece = round_up(ceil_div(count, plan.parts), 16);
     const auto units = [&](int64_t, int t) { return owned(sh.heads * plan.parts, t, ctx.nt, 0); };
@@ -778,7 +879,6 @@ void mla_prefill(const Ctx& ctx, const void* p) {
       attend_reset(st, rows);
       const int64_t first = h * per_head, p0 = first / 16, p1 = ceil_div(first + per_head, 16);
       const int64_t last = pos0 + r1;  // tokens that the last row sees
-      const auto tokens_at = [&](int64_t t) { return tmin(kTileTokens, context - t); };
       // Keys and values of this head.
       const auto unabsorb = [&](int64_t t, const KvTile& tile) {
         const int64_t tokens = tokens_at(t);
@@ -818,27 +918,32 @@ void mla_prefill(const Ctx& ctx, const void* p) {
         tile.pack_keys(key_rows, 0, ceil_div(tokens, 16));
         tile.pack_values(value_rows, tokens, 0, plan.v_pad / 16);
       };
+      mine.head = h;
+      mine.row = row0 + r0;
+      mine.pos = pos0 + r0;
+      mine.rows = rows;
       for (int64_t t0 = 0; t0 < last; t0 += kTilesAtOnce * kTileTokens) {
-        const int64_t t1 = tmin(last, t0 + kTilesAtOnce * kTileTokens);
-        for (int64_t t = t0; t < t1; t += kTileTokens) unabsorb(t, tile_at((t - t0) / kTileTokens));
-        for (int64_t i = 0; i < rows; i += kQueryRows<Isa>) {
-          const int64_t n = tmin(kQueryRows<Isa>, rows - i);
-          const int64_t pos = pos0 + r0 + i;
-          const AttendState at{st.max + i, st.sum + i, st.out + i * plan.v_pad, plan.v_pad};
-          for (int64_t t = t0; t < tmin(t1, pos + n); t += kTileTokens)  // what lies behind is the future
-            attend_tile<Isa>(
-                q.from(i), n, WholeTile{tile_at((t - t0) / kTileTokens)}, tokens_at(t), a.scale,
-                [&](int64_t r) { return pos + r + 1 - t; }, mem, at);
-        }
-      }
-      for (int64_t i = 0; i < rows; ++i) {
-        const vf inv = vset1(1.0f / st.sum[i]);
-        bf16* to = a.out + ((row0 + r0 + i) * sh.heads + h) * sh.v;
-        for (int64_t k = 0; k < sh.v; k += 16)
-          vstore_bf16_n(to + k, vmul(vload(st.out + i * plan.v_pad + k), inv),
-                        static_cast<int>(tmin<int64_t>(16, sh.v - k)));
+        mine.t0 = t0;
+        mine.t1 = tmin(last, t0 + kTilesAtOnce * kTileTokens);
+        for (int64_t t = t0; t < mine.t1; t += kTileTokens)
+          unabsorb(t, plan.tile_of(ctx.tid, (t - t0) / kTileTokens));
+        // Rows before t0 see none of these.
+        mine.open(tmax<int64_t>(0, t0 - mine.pos) / kQueryRows<Isa>, ceil_div(rows, kQueryRows<Isa>));
+        help(ctx.tid);
+        mine.wait();
       }
     });
+    mine.busy.store(false, std::memory_order_release);
+    for (bool busy = true; busy;) {
+      busy = false;
+      for (int64_t k = 1; k < ctx.node.size(); ++k) {
+        const int64_t t = ctx.node.begin + (ctx.tid - ctx.node.begin + k) % ctx.node.size();
+        if (!plan.stations[t].busy.load(std::memory_order_acquire)) continue;
+        busy = true;
+        help(static_cast<int>(t));
+      }
+      if (busy) _mm_pause();
+    }
   }
 }
 

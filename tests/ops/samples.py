@@ -1245,6 +1245,7 @@ def _table() -> list[Sample]:
             (17, 64, 72, 5, 1, (3,)),
             (40, 100, 33, 16, 6, (0, 1, 3, 5, 8, 9, 15)),
             (200, 72, 40, 16, 4, range(1, 15)),
+            (600, 72, 40, 4, 2, (0, 2, 3)),  # rows of an expert in two blocks
         ):
             make = _moe(gate_up, down, n, hidden, inter, experts, k, tuple(used))
             add("moe", scheme, f"n{n}-{hidden}-{inter}-e{experts}k{k}", make)
@@ -1339,6 +1340,7 @@ def _table() -> list[Sample]:
             ("200", SMALL, ((200, 0),), 16),
             ("wide", WIDE, ((40, 100), (1, 127)), 64),
             ("behind-1000", MIDDLE, ((100, 1000),), 64),
+            ("700-behind-333", SMALL, ((700, 333), (30, 0)), 64),
         ):
             make = _mla_prefill(dims, fmt, segments, size)
             add("mla_prefill_attention", NAMES[fmt], label, make)

@@ -54,6 +54,10 @@ def test_matches_reference(sample: Sample, tier: str) -> None:
             assert torch.equal(bits(got)[rest], before), f"{name}: more was written"
 
 
+# Ops whose work is cut by the number of threads, or handed from one to another.
+THREADED = frozenset(("linear", "logits", "mlp", "moe", "moe_shared", "mla_prefill_attention"))
+
+
 def runs() -> list[tuple[Sample, int, str]]:
     """Each sample with two threads and in a graph; every fifth also with more threads than cores,
     and than heads; matrices with numbers of threads that cut their panels."""
@@ -66,7 +70,7 @@ def runs() -> list[tuple[Sample, int, str]]:
             ways += [(1, "graph"), (2, "graph")]
         if i % 5 == 0:
             ways += [(3, "eager"), (7, "eager")]
-        if sample.op in ("linear", "logits", "mlp", "moe", "moe_shared"):
+        if sample.op in THREADED:
             ways += [
                 (threads, "eager") for threads in (3, 5, 7, 16) if (threads, "eager") not in ways
             ]
