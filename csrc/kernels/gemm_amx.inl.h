@@ -174,7 +174,7 @@ void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next
                 const uint8_t* tile = part < 4 ? soon : soon + a.group_stride;
                 for (int l = 0; l < 4; ++l) vprefetch(tile + (part % 4 * 4 + l) * a.row_stride);
                 if (part % 4 == 1)
-                  for (int64_t l = 0; l < lines; ++l) vprefetch(fetch + part / 4 * w.stride + l * 64);
+                  for (int64_t l = 0; l < lines; ++l) vprefetch_l2(fetch + part / 4 * w.stride + l * 64);
               };
               LC_LOAD(4, a0 + j * a.block_stride, a.row_stride);
               between(0);
@@ -197,7 +197,7 @@ void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next
           } else {
             for (int64_t j = 0; j < n; ++j) {
               for (int64_t l = 0; l < lines; ++l)
-                for (int q = 0; q < np; ++q) vprefetch(fetch + q * w.stride + l * 64);
+                for (int q = 0; q < np; ++q) vprefetch_l2(fetch + q * w.stride + l * 64);
               fetch += lines * 64;
               LC_LOAD(4, a0 + j * a.block_stride, a.row_stride);
               LC_LOAD(6, b + j * kTileBytes, 64);

@@ -141,8 +141,13 @@ constexpr float kLog2E = 1.44269504f;
 struct AttendState {
   float* max;  // [rows]
   float* sum;  // [rows]
-  float* out;  // [rows, width]
+  float* out;  // [rows, stride]
   int64_t width;
+
+  // From row to row: an odd number of cache lines, so that a few columns of many rows do not share few sets.
+  static constexpr int64_t stride_of(int64_t width) { return round_up(width, 32) + 16; }
+  int64_t stride() const { return stride_of(width); }
+  float* row(int64_t i) const { return out + i * stride(); }
 };
 
 LC_INLINE void attend_forget(const AttendState& st, int64_t rows) {
@@ -153,7 +158,7 @@ LC_INLINE void attend_forget(const AttendState& st, int64_t rows) {
 }
 LC_INLINE void attend_reset(const AttendState& st, int64_t rows) {
   attend_forget(st, rows);
-  std::memset(st.out, 0, 4 * static_cast<size_t>(rows * st.width));
+  std::memset(st.out, 0, 4 * static_cast<size_t>(rows * st.stride()));
 }
 
 // Keys and values of one tile, packed as panels: keys [token panel][k/2][16][2], values [column
@@ -223,23 +228,25 @@ struct PassingTile {
 template <class Isa>
 constexpr int64_t kMaxGroup = Isa::kTiles ? 128 : 64;
 
+constexpr int64_t kScoreStride = kTileTokens + 16;  // an odd number of cache lines, as above
+
 struct AttendScratch {
-  float* scores;  // [rows, kTileTokens]
+  float* scores;  // [rows, kScoreStride]
   float* alpha;   // [rows]
   uint8_t* probs;  // prepared activations [rows, kTileTokens]
 };
 template <class Isa>
 int64_t attend_scratch_bytes(int64_t rows) {
-  return round_up(rows * kTileTokens * 4, 64) + round_up(rows * 4, 64) +
+  return round_up(rows * kScoreStride * 4, 64) + round_up(rows * 4, 64) +
          act_size<Isa>(Format::BF16, rows, kTileTokens);
 }
 template <class Isa>
 AttendScratch attend_scratch(uint8_t* mem, int64_t rows) {
-  const int64_t s = round_up(rows * kTileTokens * 4, 64);
+  const int64_t s = round_up(rows * kScoreStride * 4, 64);
   return {reinterpret_cast<float*>(mem), reinterpret_cast<float*>(mem + s), mem + s + round_up(rows * 4, 64)};
 }
 
-// Scores of the first `tokens` of a tile: [rows, kTileTokens].
+// Scores of the first `tokens` of a tile: [rows, kScoreStride].
 template <class Isa, class Tile>
 void tile_scores(const Act& q, int64_t rows, const Tile& tile, int64_t tokens, float* scores) {
   const KvTile& kv = tile.kv;
@@ -247,14 +254,14 @@ void tile_scores(const Act& q, int64_t rows, const Tile& tile, int64_t tokens, f
   auto store = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
     for (int i = 0; i < m; ++i)
       for (int j = 0; j < np; ++j)
-        vstore(scores + (m0 + i) * kTileTokens + (at + panel + j) * 16, vload(c + i * kTileCols + j * 16));
+        vstore(scores + (m0 + i) * kScoreStride + (at + panel + j) * 16, vload(c + i * kTileCols + j * 16));
   };
   for (const int64_t end = ceil_div(tokens, 16); at < end; at += tile.key_panels()) {
     const int64_t n = tmin(tile.key_panels(), end - at);
     const Panels keys{Format::BF16, tile.keys(at, at + n), kv.key_stride(), kv.key_dim / 2, nullptr};
     if constexpr (Isa::kTiles) {
       if (rows >= 16) {
-        Isa::template plain_product<false>(keys, n, q, rows, scores + at * 16, kTileTokens, 16);
+        Isa::template plain_product<false>(keys, n, q, rows, scores + at * 16, kScoreStride, 16);
         continue;
       }
     }
@@ -277,7 +284,7 @@ void tile_softmax(int64_t rows, int64_t tokens, float scale, const Visible& visi
     // Maxima of 16 rows, so that one exponential rescales them all; a row that sees nothing stays as it is.
     float before[16] = {}, after[16] = {};
     for (int64_t i = i0; i < i1; ++i) {
-      float* s = mem.scores + i * kTileTokens;
+      float* s = mem.scores + i * kScoreStride;
       const int64_t seen = seen_by(i);
       if (seen == 0) continue;
       for (int64_t k = seen; k % 16 != 0; ++k) s[k] = -__builtin_inff();
@@ -288,7 +295,7 @@ void tile_softmax(int64_t rows, int64_t tokens, float scale, const Visible& visi
     }
     vstore(mem.alpha + i0, vexp2(vsub(vload(before), vload(after))));
     for (int64_t i = i0; i < i1; ++i) {
-      const float* s = mem.scores + i * kTileTokens;
+      const float* s = mem.scores + i * kScoreStride;
       const int64_t seen = seen_by(i), whole = seen / 16 * 16;
       const vf less = vset1(-st.max[i]);
       vf sum = vset1(0.0f);
@@ -350,16 +357,16 @@ void attend_tile(const Act& q, int64_t rows, const Tile& tile, int64_t tokens, f
     for (int64_t i = 0; i < rows; ++i) {
       if (mem.alpha[i] == 1.0f) continue;
       const vf alpha = vset1(mem.alpha[i]);
-      float* row = st.out + i * st.width;
+      float* row = st.row(i);
       for (int64_t k = 0; k < st.width; k += 16) vstore(row + k, vmul(vload(row + k), alpha));
     }
     const Panels values{Format::BF16, tile.kv.values, KvTile::value_stride(), round_up(tokens, 32) / 2, nullptr};
     const Act probs = act_at<Isa>(Format::BF16, mem.probs, rows, kTileTokens);
-    Isa::template plain_product<true>(values, tile.value_panels(), probs, rows, st.out, st.width, 16);
+    Isa::template plain_product<true>(values, tile.value_panels(), probs, rows, st.out, st.stride(), 16);
     return;
   }
   tile_values<Isa>(rows, tile, tokens, mem, [&](int64_t i, int64_t column, vf sums) {
-    float* to = st.out + i * st.width + column;
+    float* to = st.row(i) + column;
     vstore(to, vfma(vload(to), vset1(mem.alpha[i]), sums));
   });
 }
@@ -368,13 +375,13 @@ void attend_tile(const Act& q, int64_t rows, const Tile& tile, int64_t tokens, f
 LC_INLINE void merge_state(const AttendState& acc, int64_t i, float max, float sum, const float* out) {
   const float m = tmax(acc.max[i], max);
   const vf a = vset1(exp2_of(acc.max[i] - m)), b = vset1(exp2_of(max - m));
-  float* to = acc.out + i * acc.width;
+  float* to = acc.row(i);
   for (int64_t k = 0; k < acc.width; k += 16) vstore(to + k, vfma(vload(to + k), a, vmul(vload(out + k), b)));
   acc.sum[i] = acc.sum[i] * exp2_of(acc.max[i] - m) + sum * exp2_of(max - m);
   acc.max[i] = m;
 }
 LC_INLINE void merge_states(const AttendState& acc, const AttendState& part, int64_t rows) {
-  for (int64_t r = 0; r < rows; ++r) merge_state(acc, r, part.max[r], part.sum[r], part.out + r * part.width);
+  for (int64_t r = 0; r < rows; ++r) merge_state(acc, r, part.max[r], part.sum[r], part.row(r));
 }
 
 // ---- decode: absorbed, in latent space ---------------------------------------------------------
@@ -422,13 +429,13 @@ void scores_by_head(const Panels& q, int64_t panels, const bf16* const* rows, in
       a = act_at<Isa>(Format::BF16, widened, 16, dim);
       for (int64_t j = 0; j < m; ++j) act_prepare_row<Isa>(Format::BF16, a, j, rows[at + j], dim);
     }
-    ahead.fetch(m * 8);
     if constexpr (Isa::kTiles) {
-      if (m >= 16) {
+      if (m >= 16) {  // what is fetched in a burst would hold up the tiles
         Isa::template plain_product<false>(q, panels, a, m, scores + at * 16, 16, kTileTokens * 16);
         continue;
       }
     }
+    ahead.fetch(m * 8);
     gemm<Isa>(q, 0, panels, q.base, a, m, 1, sink_of(store));
   }
 }
@@ -534,7 +541,9 @@ struct MlaDecodePlan {
     const int64_t panels = KvTile::key_bytes(dim, PassingTile<Isa>::key_panels());
     return round_up(Isa::kBf16Act ? panels : tmax(panels, act_size<Isa>(Format::BF16, 16, dim)), 64);
   }
-  static int64_t state_size(int64_t rows, int64_t width) { return 2 * round_up(rows, 16) + rows * width; }
+  static int64_t state_size(int64_t rows, int64_t width) {
+    return 2 * round_up(rows, 16) + rows * AttendState::stride_of(width);
+  }
   MlaDecodePlan(Bump& b, const MlaDecodeArgs& a, int nt) {
     group = tmin(a.shape.heads, kMaxGroup<Isa>);
     width = round_up(a.shape.latent, 16);
@@ -612,8 +621,8 @@ void mla_decode(const Ctx& ctx, const void* p) {
       prepared_row = row;
       prepared_head = h0;
     }
-    // The tile of tokens from t on joins `split`.
-    const auto attend = [&](int64_t t) {
+    // The tile of tokens from t on joins `split`, or is its first.
+    const auto attend = [&](int64_t t, bool first) {
       const int64_t tokens = tmin(kTileTokens, context - t);
       const bf16* rows_at[kTileTokens];
       for (int64_t j = 0; j < kTileTokens; ++j)
@@ -643,14 +652,15 @@ void mla_decode(const Ctx& ctx, const void* p) {
         vstore(worth + i, more);
       }
       tile_values<Isa>(rows, passing, tokens, mem, [&](int64_t i, int64_t column, vf sums) {
-        float* to = split.out + i * split.width + column;
-        vstore(to, vfma(vload(to), vset1(mem.alpha[i]), vmul(sums, vset1(worth[i]))));
+        float* to = split.row(i) + column;
+        const vf more = vmul(sums, vset1(worth[i]));
+        vstore(to, first ? more : vfma(vload(to), vset1(mem.alpha[i]), more));
         ahead.fetch(1);
       });
     };
     const auto attend_split = [&](int64_t t0) {
-      attend_reset(split, rows);
-      for (int64_t t = t0; t < tmin(context, t0 + kSplitTokens); t += kTileTokens) attend(t);
+      attend_forget(split, rows);
+      for (int64_t t = t0; t < tmin(context, t0 + kSplitTokens); t += kTileTokens) attend(t, t == t0);
     };
     if (d.span == Span::kRow) {
       attend_reset(acc, rows);
@@ -658,19 +668,18 @@ void mla_decode(const Ctx& ctx, const void* p) {
         attend_split(t);
         merge_states(acc, split, rows);
       }
-      for (int64_t r = 0; r < rows; ++r)
-        finish_latent<Isa>(a, plan, row, h0 + r, acc.out + r * plan.width, acc.sum[r]);
+      for (int64_t r = 0; r < rows; ++r) finish_latent<Isa>(a, plan, row, h0 + r, acc.row(r), acc.sum[r]);
       return;
     }
     if (d.span == Span::kTile) {
-      attend_reset(split, rows);
-      attend(s * kTileTokens);
+      attend_forget(split, rows);
+      attend(s * kTileTokens, true);
     } else {
       attend_split(s * kSplitTokens);
     }
     for (int64_t r = 0; r < rows; ++r) {
       float* to = plan.slot(a, span + s, h0 + r);
-      std::memcpy(to, split.out + r * plan.width, 4 * static_cast<size_t>(plan.width));
+      std::memcpy(to, split.row(r), 4 * static_cast<size_t>(plan.width));
       to[plan.width] = split.sum[r];
       to[plan.width + 1] = split.max[r];
     }
@@ -784,7 +793,7 @@ struct MlaPrefillPlan {
     kt_bytes = kTileTokens * key_dim * 2;
     vt_bytes = kTileTokens * v_pad * 2;
     scratch_bytes = round_up(attend_scratch_bytes<Isa>(kQueryRows<Isa>), 64);
-    state_floats = 2 * rows + rows * v_pad;
+    state_floats = rows * (2 + AttendState::stride_of(v_pad));
     latents = b.take<uint8_t>(
         act_size<Isa>(a.kv_b.layout.format, round_up(a.max_context, kTileTokens), a.shape.latent));
     q = b.take<uint8_t>(nt * q_bytes);
@@ -848,7 +857,7 @@ void mla_prefill(const Ctx& ctx, const void* p) {
       const Station& of = plan.stations[t];
       const int64_t i = block * kQueryRows<Isa>, n = tmin(kQueryRows<Isa>, of.rows - i), pos = of.pos + i;
       const AttendState all = plan.state_of(t);
-      const AttendState at{all.max + i, all.sum + i, all.out + i * plan.v_pad, plan.v_pad};
+      const AttendState at{all.max + i, all.sum + i, all.row(i), plan.v_pad};
       const Act queries = plan.q_of(t).from(i);
       for (int64_t t0 = of.t0; t0 < tmin(of.t1, pos + n); t0 += kTileTokens)  // what lies behind is the future
         attend_tile<Isa>(
@@ -859,8 +868,7 @@ void mla_prefill(const Ctx& ctx, const void* p) {
         const vf inv = vset1(1.0f / at.sum[r]);
         bf16* to = a.out + ((of.row + i + r) * sh.heads + of.head) * sh.v;
         for (int64_t k = 0; k < sh.v; k += 16)
-          vstore_bf16_n(to + k, vmul(vload(at.out + r * plan.v_pad + k), inv),
-                        static_cast<int>(tmin<int64_t>(16, sh.v - k)));
+          vstore_bf16_n(to + k, vmul(vload(at.row(r) + k), inv), static_cast<int>(tmin<int64_t>(16, sh.v - k)));
       }
     };
     const auto help = [&](int t) {
