@@ -768,7 +768,7 @@ struct Station {
   }
   void done() { left.fetch_sub(1, std::memory_order_release); }
   void wait() const {
-    while (left.load(std::memory_order_acquire) != 0) _mm_pause();
+    for (Pause pause; left.load(std::memory_order_acquire) != 0;) pause.step();
   }
 };
 
@@ -942,6 +942,7 @@ void mla_prefill(const Ctx& ctx, const void* p) {
       }
     });
     mine.busy.store(false, std::memory_order_release);
+    Pause pause;
     for (bool busy = true; busy;) {
       busy = false;
       for (int64_t k = 1; k < ctx.node.size(); ++k) {
@@ -950,7 +951,7 @@ void mla_prefill(const Ctx& ctx, const void* p) {
         busy = true;
         help(static_cast<int>(t));
       }
-      if (busy) _mm_pause();
+      if (busy) pause.step();
     }
   }
 }

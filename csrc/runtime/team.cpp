@@ -23,7 +23,6 @@
 namespace lc {
 namespace {
 
-constexpr int kSpins = 4000;            // pauses before a waiting thread yields its core
 constexpr int kIdleSpins = 20000;       // pauses before an idle worker sleeps
 constexpr size_t kHugePage = 2u << 20;
 
@@ -68,12 +67,7 @@ void Barrier::wait() {
     epoch_.store(epoch + 1, std::memory_order_release);
     return;
   }
-  for (int spins = 0; epoch_.load(std::memory_order_acquire) == epoch; ++spins) {
-    if (spins < kSpins)
-      _mm_pause();
-    else
-      sched_yield();
-  }
+  for (Pause pause; epoch_.load(std::memory_order_acquire) == epoch;) pause.step();
 }
 
 struct Team::Impl {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <immintrin.h>
+#include <sched.h>
 
 #include <atomic>
 #include <cstddef>
@@ -15,7 +16,24 @@
 
 namespace lc {
 
-// Spins, then yields: waits inside a region are a few microseconds unless threads outnumber cores.
+// One wait, a step at a time: spins, then yields. Waits inside a region are a few microseconds unless threads
+// outnumber cores.
+class Pause {
+ public:
+  __attribute__((always_inline)) void step() {
+    if (spins_ < kSpins) {
+      ++spins_;
+      _mm_pause();
+    } else {
+      sched_yield();
+    }
+  }
+
+ private:
+  static constexpr int kSpins = 4000;
+  int spins_ = 0;
+};
+
 class alignas(64) Barrier {
  public:
   void reset(int n) {
