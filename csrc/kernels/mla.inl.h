@@ -99,30 +99,33 @@ void mla_input(const Ctx& ctx, const void* p) {
     ctx.barrier();
   }
 
-  // Heads: rope, then absorption by w_kc (decode rows) or plain queries (prefill rows).
+  // Rope, then plain queries (prefill rows) or absorption by w_kc (decode rows).
   const int64_t dim = s.nope + s.rope;
+  const Range plain = owned(a.n - a.absorbed, ctx.tid, ctx.nt, 0);
+  for (int64_t i = a.absorbed + plain.begin; i < a.absorbed + plain.end; ++i)
+    for (int64_t h = 0; h < s.heads; ++h) {
+      const float* src = plan.q + i * plan.q_dim + h * dim;
+      float key[1024];
+      rope_row(src + s.nope, a.rope_table + a.places.positions[i] * s.rope, s.rope, key);
+      bf16* to = a.q + (i * s.heads + h) * dim;
+      round_row(src, s.nope, to);
+      round_row(key, s.rope, to + s.nope);
+    }
+  if (a.absorbed == 0) return;
   const Layout& l = a.w_kc.layout;
-  const Act qh = act_at<Isa>(l.format, plan.absorb.act + ctx.tid * plan.absorb.bytes, tmax<int64_t>(a.absorbed, 1),
-                             s.nope);
+  const Act qh = act_at<Isa>(l.format, plan.absorb.act + ctx.tid * plan.absorb.bytes, a.absorbed, s.nope);
   each_unit(ctx, s.heads, l.panels(), [&](int64_t h, int64_t p0, int64_t p1) {
     const Panels w = panels_of(a.w_kc, h);
     float key[1024];
     if (p0 == 0) {
-      for (int64_t i = 0; i < a.n; ++i) {
+      for (int64_t i = 0; i < a.absorbed; ++i) {
         const float* src = plan.q + i * plan.q_dim + h * dim;
         rope_row(src + s.nope, a.rope_table + a.places.positions[i] * s.rope, s.rope, key);
-        if (i < a.absorbed) {
-          bf16* to = a.q_latent + (i * s.heads + h) * a.cache.dim;
-          round_row(key, s.rope, to + s.latent);
-          for (int64_t j = s.latent + s.rope; j < a.cache.dim; ++j) to[j] = 0;
-        } else {
-          bf16* to = a.q + (i * s.heads + h) * dim;
-          round_row(src, s.nope, to);
-          round_row(key, s.rope, to + s.nope);
-        }
+        bf16* to = a.q_latent + (i * s.heads + h) * a.cache.dim;
+        round_row(key, s.rope, to + s.latent);
+        for (int64_t j = s.latent + s.rope; j < a.cache.dim; ++j) to[j] = 0;
       }
     }
-    if (a.absorbed == 0) return;
     for (int64_t i = 0; i < a.absorbed; ++i)
       act_prepare_row_f32<Isa>(qh, i, plan.q + i * plan.q_dim + h * dim, w.column_scale, s.nope);
     auto store = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
@@ -175,6 +178,7 @@ struct KvTile {
   static int64_t value_stride() { return kTileTokens * 32 + 64; }  // off the power of two
 
   int64_t key_stride() const { return key_dim * 32; }
+  int64_t panels() const { return ceil_div(value_dim, 16); }  // of values
 
   // Panels [g0, g1) of 16 tokens of keys, to `keys` on.
   void pack_keys(const bf16* const* rows, int64_t g0, int64_t g1) const {
@@ -197,7 +201,7 @@ struct KvTile {
 struct WholeTile {
   KvTile kv;
   int64_t key_panels() const { return kTileTokens / 16; }  // how many it has ready at a time
-  int64_t value_panels() const { return ceil_div(kv.value_dim, 16); }
+  int64_t value_panels() const { return kv.panels(); }
   const uint8_t* keys(int64_t, int64_t) const { return kv.keys; }
   const uint8_t* values(int64_t, int64_t) const { return kv.values; }
 };
@@ -319,17 +323,17 @@ void tile_softmax(int64_t rows, int64_t tokens, float scale, const Visible& visi
   }
 }
 
-// The tile's values, weighted by mem.probs: sink(row, column, sums of 16 columns).
+// Panels [at, end) of the tile's values, weighted by mem.probs: sums(row, column, sums of 16 columns).
 template <class Isa, class Tile, class Sums>
-void tile_values(int64_t rows, const Tile& tile, int64_t tokens, const AttendScratch& mem, const Sums& sums) {
+void tile_values(int64_t rows, const Tile& tile, int64_t tokens, int64_t at, int64_t end, const AttendScratch& mem,
+                 const Sums& sums) {
   const KvTile& kv = tile.kv;
   const Act probs = act_at<Isa>(Format::BF16, mem.probs, rows, kTileTokens);
-  int64_t at = 0;
   auto each = [&](int64_t m0, int m, int64_t panel, int np, float* c) {
     for (int i = 0; i < m; ++i)
       for (int j = 0; j < np; ++j) sums(m0 + i, (at + panel + j) * 16, vload(c + i * kTileCols + j * 16));
   };
-  for (const int64_t end = ceil_div(kv.value_dim, 16); at < end; at += tile.value_panels()) {
+  for (; at < end; at += tile.value_panels()) {
     const int64_t n = tmin(tile.value_panels(), end - at);
     const Panels values{Format::BF16, tile.values(at, at + n), kv.value_stride(), round_up(tokens, 32) / 2,
                         nullptr};
@@ -365,7 +369,7 @@ void attend_tile(const Act& q, int64_t rows, const Tile& tile, int64_t tokens, f
     Isa::template plain_product<true>(values, tile.value_panels(), probs, rows, st.out, st.stride(), 16);
     return;
   }
-  tile_values<Isa>(rows, tile, tokens, mem, [&](int64_t i, int64_t column, vf sums) {
+  tile_values<Isa>(rows, tile, tokens, 0, tile.kv.panels(), mem, [&](int64_t i, int64_t column, vf sums) {
     float* to = st.row(i) + column;
     vstore(to, vfma(vload(to), vset1(mem.alpha[i]), sums));
   });
@@ -477,13 +481,15 @@ void softmax_by_head(int64_t panels, int64_t tokens, float scale, const AttendSc
 }
 
 // How the work is cut into items: a row's heads in groups, and its context in spans. `group` heads attend
-// together: many share the packing of a tile, few feed more threads. The cut never changes a result: each
-// tile is attended by itself, a split's tiles are merged in order, then a row's splits.
+// together: many share the packing of a tile, few feed more threads. Where there are fewer tiles than threads,
+// these share each tile: its tokens for the scores, its columns for the values. The cut never changes a result:
+// each tile is attended by itself, a split's tiles are merged in order, then a row's splits.
 enum class Span { kTile, kSplit, kRow };
 struct DecodeShape {
   int64_t group, groups;
   Span span;
   int64_t items;
+  bool share_tiles;
 
   int64_t spans(int64_t context) const { return spans_of(span, context); }
   static int64_t spans_of(Span span, int64_t context) {
@@ -500,6 +506,8 @@ LC_INLINE int64_t spans_in(const MlaDecodeArgs& a, Span span) {
 // Items enough for all threads, of spans as long as possible: what lies between them is stored.
 LC_INLINE DecodeShape decode_shape(const MlaDecodeArgs& a, int64_t group, int nt) {
   const int64_t heads = a.shape.heads, tiles = spans_in(a, Span::kTile);
+  if (heads >= 16 && tiles * ceil_div(heads, 16) < nt)
+    return {group, ceil_div(heads, group), Span::kTile, tiles, true};
   const auto groups = [&] { return ceil_div(heads, group); };
   while (group > 16 && tiles * groups() < 2 * nt) group = ceil_div(group, 2);
   while (group > 2 && tiles * groups() < nt) group = ceil_div(group, 2);
@@ -508,7 +516,7 @@ LC_INLINE DecodeShape decode_shape(const MlaDecodeArgs& a, int64_t group, int nt
     span = Span::kRow;
   else if (spans_in(a, Span::kSplit) * groups() >= 2 * nt)
     span = Span::kSplit;
-  return {group, groups(), span, spans_in(a, span) * groups()};
+  return {group, groups(), span, spans_in(a, span) * groups(), false};
 }
 // Most spans whose results are stored, for positions that are not known yet.
 LC_INLINE int64_t most_spans(const MlaDecodeArgs& a, int nt) {
@@ -528,6 +536,7 @@ struct MlaDecodePlan {
   uint8_t *q, *keys, *scratch;  // a thread's; values stand behind the keys
   float *part, *split, *acc;  // a thread's states: max, sum, out of `group` rows; of `part`, no out
   int64_t state_floats;
+  float* shared_scores;      // of tiles that threads share: [nt, kTileTokens, 16], by tile and panel of heads
   float* stored;             // [spans, heads, width + 16] (sum, max behind the values)
   uint8_t* latent_act;       // [heads] prepared activations [n, latent]
 
@@ -558,6 +567,7 @@ struct MlaDecodePlan {
     part = b.take<float>(nt * 2 * round_up(group, 16));
     split = b.take<float>(nt * state_floats);
     acc = b.take<float>(nt * state_floats);
+    shared_scores = b.take<float>(nt * kTileTokens * 16);
     stored = a.n * ceil_div(a.shape.heads, group) < 4 * nt
                  ? b.take<float>(most_spans(a, nt) * a.shape.heads * (width + 16))
                  : nullptr;
@@ -607,20 +617,22 @@ void mla_decode(const Ctx& ctx, const void* p) {
   const AttendState part{part_max, part_max + padded, nullptr, 0};
 
   int64_t prepared_row = -1, prepared_head = -1;  // the queries in q
+  const auto prepare = [&](int64_t row, int64_t h0, int64_t rows) {
+    if (row == prepared_row && h0 == prepared_head) return;
+    prepared_row = row;
+    prepared_head = h0;
+    const auto query = [&](int64_t r) { return a.q_latent + (row * heads + h0 + r) * dim; };
+    for (int64_t r = 0; r < rows && !by_head; ++r) act_prepare_row<Isa>(Format::BF16, q, r, query(r), dim);
+    for (int64_t r0 = 0; r0 < rows && by_head; r0 += 16) {
+      const bf16* of[16];
+      for (int64_t r = 0; r < 16; ++r) of[r] = r0 + r < rows ? query(r0 + r) : zeros;
+      KvTile{q_mem + r0 * dim * 2, nullptr, dim, 0}.pack_keys(of, 0, 1);
+    }
+  };
   const auto run_item = [&](int64_t row, int64_t g, int64_t s, int64_t span) {
     const int64_t context = a.places.positions[row] + 1, seq = a.places.row_seq[row];
     const int64_t h0 = g * d.group, rows = tmin(d.group, heads - h0);
-    if (row != prepared_row || h0 != prepared_head) {
-      const auto query = [&](int64_t r) { return a.q_latent + (row * heads + h0 + r) * dim; };
-      for (int64_t r = 0; r < rows && !by_head; ++r) act_prepare_row<Isa>(Format::BF16, q, r, query(r), dim);
-      for (int64_t r0 = 0; r0 < rows && by_head; r0 += 16) {
-        const bf16* of[16];
-        for (int64_t r = 0; r < 16; ++r) of[r] = r0 + r < rows ? query(r0 + r) : zeros;
-        KvTile{q_mem + r0 * dim * 2, nullptr, dim, 0}.pack_keys(of, 0, 1);
-      }
-      prepared_row = row;
-      prepared_head = h0;
-    }
+    prepare(row, h0, rows);
     // The tile of tokens from t on joins `split`, or is its first.
     const auto attend = [&](int64_t t, bool first) {
       const int64_t tokens = tmin(kTileTokens, context - t);
@@ -651,7 +663,7 @@ void mla_decode(const Ctx& ctx, const void* p) {
         vstore(mem.alpha + i, old);
         vstore(worth + i, more);
       }
-      tile_values<Isa>(rows, passing, tokens, mem, [&](int64_t i, int64_t column, vf sums) {
+      tile_values<Isa>(rows, passing, tokens, 0, tile.panels(), mem, [&](int64_t i, int64_t column, vf sums) {
         float* to = split.row(i) + column;
         const vf more = vmul(sums, vset1(worth[i]));
         vstore(to, first ? more : vfma(vload(to), vset1(mem.alpha[i]), more));
@@ -684,18 +696,73 @@ void mla_decode(const Ctx& ctx, const void* p) {
       to[plan.width + 1] = split.max[r];
     }
   };
-  // Items in order of (row, group, span).
-  each_share(
-      ctx, 1, Take{1}, [&](int64_t, int t) { return owned(d.items, t, ctx.nt, 0); },
-      [&](int, int64_t, int64_t begin, int64_t) {
-        int64_t row = 0, item = begin, span = 0;
-        for (;; ++row) {
-          const int64_t spans = d.spans(a.places.positions[row] + 1);
-          if (item < spans * d.groups) return run_item(row, item / spans, item % spans, span);
-          item -= spans * d.groups;
-          span += spans;
+  const auto each_item = [&](int64_t items, const auto& fn) {
+    each_share(
+        ctx, 1, Take{1}, [&](int64_t, int t) { return owned(items, t, ctx.nt, 0); },
+        [&](int, int64_t, int64_t item, int64_t) { fn(item); });
+  };
+  if (d.share_tiles) {
+    const int64_t panels = ceil_div(heads, 16);
+    const auto scores_of = [&](int64_t number, int64_t panel) {
+      return plan.shared_scores + (number * panels + panel) * kTileTokens * 16;
+    };
+    RowsAhead ahead;  // nothing
+    ahead.dim = dim;
+    // Tile `number` of all rows: f(row, first token, tokens, rows of the cache).
+    const auto with_tile = [&](int64_t number, const auto& f) {
+      int64_t row = 0, s = number;
+      for (; s >= d.spans(a.places.positions[row] + 1); ++row) s -= d.spans(a.places.positions[row] + 1);
+      const int64_t tokens = tmin(kTileTokens, a.places.positions[row] + 1 - s * kTileTokens);
+      const bf16* rows_at[kTileTokens];
+      for (int64_t j = 0; j < kTileTokens; ++j)
+        rows_at[j] = j < tokens ? cache_row(a.cache, a.places, a.places.row_seq[row], s * kTileTokens + j) : zeros;
+      f(row, tokens, rows_at);
+    };
+    constexpr int64_t kParts = kTileTokens / 16;
+    each_item(d.items * d.groups * kParts, [&](int64_t item) {
+      const int64_t number = item / (d.groups * kParts), h0 = item / kParts % d.groups * d.group;
+      const int64_t t = item % kParts * 16;
+      with_tile(number, [&](int64_t row, int64_t tokens, const bf16* const* rows_at) {
+        if (t >= tokens) return;
+        const int64_t rows = tmin(d.group, heads - h0);
+        prepare(row, h0, rows);
+        scores_by_head<Isa>(q_panels, ceil_div(rows, 16), rows_at + t, tmin<int64_t>(16, tokens - t), dim, keys,
+                            scores_of(number, h0 / 16) + t * 16, ahead);
+      });
+    });
+    ctx.barrier();
+    int64_t weighed = -1;  // the tile and panel whose weights are in mem.probs
+    const int64_t each = PassingTile<Isa>::value_panels(), columns = ceil_div(tile.panels(), each);
+    each_item(d.items * panels * columns, [&](int64_t item) {
+      const int64_t of = item / columns, number = of / panels, h0 = of % panels * 16;
+      const int64_t rows = tmin<int64_t>(16, heads - h0), at = item % columns * each;
+      with_tile(number, [&](int64_t, int64_t tokens, const bf16* const* rows_at) {
+        if (of != weighed) {
+          std::memcpy(mem.scores, scores_of(number, h0 / 16), 4 * kTileTokens * 16);
+          softmax_by_head<Isa>(1, tokens, a.scale, mem, part.max, part.sum, ahead);
+          weighed = of;
+        }
+        tile_values<Isa>(
+            rows, PassingTile<Isa>{tile, rows_at, tokens}, tokens, at, tmin(tile.panels(), at + each), mem,
+            [&](int64_t i, int64_t column, vf sums) { vstore(plan.slot(a, number, h0 + i) + column, sums); });
+        for (int64_t i = 0; i < rows && at == 0; ++i) {
+          float* to = plan.slot(a, number, h0 + i) + plan.width;
+          to[0] = part.sum[i];
+          to[1] = part.max[i];
         }
       });
+    });
+  } else {
+    // In order of (row, group, span).
+    each_item(d.items, [&](int64_t item) {
+      for (int64_t row = 0, span = 0;; ++row) {
+        const int64_t spans = d.spans(a.places.positions[row] + 1);
+        if (item < spans * d.groups) return run_item(row, item / spans, item % spans, span);
+        item -= spans * d.groups;
+        span += spans;
+      }
+    });
+  }
   ctx.barrier();
   if (d.span != Span::kRow) {
     const Range r = owned(a.n * heads, ctx.tid, ctx.nt, 0);

@@ -1326,6 +1326,7 @@ def _table() -> list[Sample]:
             ("blocks-of-7-h16", MIDDLE, (129, 50), 7),
             ("wide", WIDE, (65, 200, 3), 64),
             ("h70", many, (129, 600), 32),
+            ("h70-short", many, (20, 129), 32),
             ("n40", SMALL, tuple(range(1, 161, 4)), 16),
         ):
             add("mla_decode_attention", NAMES[head], label, _mla_decode(dims, head, contexts, size))

@@ -55,7 +55,10 @@ def test_matches_reference(sample: Sample, tier: str) -> None:
 
 
 # Ops whose work is cut by the number of threads, or handed from one to another.
-THREADED = frozenset(("linear", "logits", "mlp", "moe", "moe_shared", "mla_prefill_attention"))
+THREADED = frozenset(
+    ("linear", "logits", "mlp", "moe", "moe_shared")
+    + ("mla_decode_attention", "mla_prefill_attention")
+)
 
 
 def runs() -> list[tuple[Sample, int, str]]:
