@@ -1,10 +1,12 @@
 // How fast this machine's AMX tiles are, on all threads together, with and without what a product needs
 // around them: what docs/performance.md says of prompts under AMX comes from here.
 //
-//     g++ -O3 -march=sapphirerapids -pthread benchmarks/amx_tiles.cpp -o amx_tiles && ./amx_tiles [THREADS]
+//     g++ -O3 -std=c++17 -march=sapphirerapids -pthread benchmarks/amx_tiles.cpp -o amx_tiles && ./amx_tiles
+//     [THREADS]
 //
-// int8 (TDPBUSD). Cases take turns, nine rounds, medians. Prints Top/s and the ratio to random tiles that
-// stay in registers, which is the peak that `latentcore bench` measures.
+// int8 (TDPBUSD). Cases take turns, nine rounds, medians. A step is four loads and four products, or what of them
+// a case has. "Paced": a dozen other instructions stand behind every tile instruction. Prints Top/s, a step's
+// time, and the ratio to paced products in registers, which is the peak that `latentcore bench` measures.
 #include <immintrin.h>
 #include <pthread.h>
 #include <sched.h>
@@ -37,32 +39,33 @@ struct Data {
   float* sums;
 };
 
-#define PRODUCTS         \
-  _tile_dpbusd(0, 4, 6); \
-  _tile_dpbusd(1, 4, 7); \
-  _tile_dpbusd(2, 5, 6); \
-  _tile_dpbusd(3, 5, 7)
+template <bool Paced>
+inline __attribute__((always_inline)) void pace() {
+  if constexpr (Paced) __asm__ volatile("nop; nop; nop; nop; nop; nop; nop; nop; nop; nop; nop; nop");
+}
+#define LOAD(T, P)       \
+  _tile_loadd(T, P, 64); \
+  pace<Paced>()
+#define DOT(C, A, B)     \
+  _tile_dpbusd(C, A, B); \
+  pace<Paced>()
+#define PRODUCTS \
+  DOT(0, 4, 6);  \
+  DOT(1, 4, 7);  \
+  DOT(2, 5, 6);  \
+  DOT(3, 5, 7)
 #define LOADS(A0, A1, B0, B1) \
-  _tile_loadd(4, A0, 64);     \
-  _tile_loadd(6, B0, 64);     \
-  _tile_loadd(5, A1, 64);     \
-  _tile_loadd(7, B1, 64)
+  LOAD(4, A0);                \
+  LOAD(6, B0);                \
+  LOAD(5, A1);                \
+  LOAD(7, B1)
 #define ZERO_SUMS \
   _tile_zero(0);  \
   _tile_zero(1);  \
   _tile_zero(2);  \
   _tile_zero(3)
 
-void products_of_zeros(const Data&) {
-  ZERO_SUMS;
-  _tile_zero(4);
-  _tile_zero(5);
-  _tile_zero(6);
-  _tile_zero(7);
-  for (int64_t s = 0; s < kMatrices * kSteps; ++s) {
-    PRODUCTS;
-  }
-}
+template <bool Paced>
 void products(const Data& d) {
   ZERO_SUMS;
   LOADS(d.rows, d.rows + kTile, d.weights, d.weights + kTile);
@@ -70,28 +73,34 @@ void products(const Data& d) {
     PRODUCTS;
   }
 }
-// Tiles that lie in the first-level cache.
-void loads_and_products(const Data& d) {
+// Tiles from a first-level cache (8 KiB of each operand) or a second-level one (64 KiB).
+template <bool Paced, bool Products, int64_t Each>
+void loads(const Data& d) {
   ZERO_SUMS;
-  for (int64_t s = 0; s < kMatrices * kSteps; ++s) {
-    const uint8_t *a = d.rows + s % 4 * kTile, *b = d.weights + s % 4 * kTile;
-    LOADS(a, a + 4 * kTile, b, b + 4 * kTile);
-    PRODUCTS;
+  for (int64_t s = 0, at = 0; s < kMatrices * kSteps; ++s, at = (at + 2 * kTile) % Each) {
+    const uint8_t *a = d.rows + at, *b = d.weights + at;
+    LOADS(a, a + kTile, b, b + kTile);
+    if constexpr (Products) {
+      PRODUCTS;
+    }
   }
 }
-// The loop of a product: two panels of `Chunk` tiles stay while 256 rows pass. `Hot`: always the same rows,
-// panels and sums.
-template <int64_t Chunk, bool Hot>
+inline __attribute__((always_inline)) void fetch_lines(const uint8_t* p, int64_t lines) {
+  for (int64_t l = 0; l < lines; ++l) _mm_prefetch(p + l * 64, _MM_HINT_T0);
+}
+// The loop of a product: two panels of `Chunk` tiles stay while 256 rows pass; rows and the next weights are
+// fetched ahead, in a burst before each step or, paced, a few lines behind every tile instruction.
+template <bool Paced, int64_t Chunk>
 void matrix(const Data& d) {
   constexpr int64_t kTiles = kK / 64, kAhead = 2, kLine = 32 * 4;
   for (int64_t m = 0; m < kMatrices; ++m)
     for (int64_t p = 0; p < kPanels; p += 2) {
-      const uint8_t* panel = d.weights + (Hot ? 0 : (m * kPanels + p) * kStride);
+      const uint8_t* panel = d.weights + (m * kPanels + p) * kStride;
       for (int64_t t = 0; t < kTiles; t += Chunk) {
         const uint8_t *b0 = panel + t * kTile, *b1 = b0 + kStride;
-        const uint8_t* fetch = Hot ? b0 : t + Chunk < kTiles ? b0 + Chunk * kTile : panel + 2 * kStride;
+        const uint8_t* fetch = t + Chunk < kTiles ? b0 + Chunk * kTile : panel + 2 * kStride;
         for (int64_t i = 0; i < kRows; i += 32) {
-          float* sums = d.sums + (Hot ? 0 : i * 32);
+          float* sums = d.sums + i * 32;
           if (t == 0) {
             ZERO_SUMS;
           } else {
@@ -100,22 +109,39 @@ void matrix(const Data& d) {
             _tile_loadd(2, sums + 16 * 32, kLine);
             _tile_loadd(3, sums + 16 * 32 + 16, kLine);
           }
-          const uint8_t* a0 = d.rows + (Hot ? 0 : i * kK) + t * kTile;
+          const uint8_t* a0 = d.rows + i * kK + t * kTile;
           const uint8_t* a1 = a0 + 16 * kK;
           for (int64_t s = 0; s < Chunk; ++s) {
             const int64_t k = s + kAhead;
             const uint8_t* soon = a0 + (k < Chunk ? k * kTile : 32 * kK + (k - Chunk) * kTile);
-            if (!Hot)
-              for (int64_t l = 0; l < kTile; l += 64) {
-                _mm_prefetch(soon + l, _MM_HINT_T0);
-                _mm_prefetch(soon + 16 * kK + l, _MM_HINT_T0);
-              }
-            for (int64_t l = 0; l < 2; ++l, fetch += 64) {
-              _mm_prefetch(fetch, _MM_HINT_T0);
-              _mm_prefetch(fetch + kStride, _MM_HINT_T0);
+            const auto between = [&](int part) {
+              if constexpr (!Paced) return;
+              fetch_lines(soon + (part < 4 ? 0 : 16 * kK) + part % 4 * 256, 4);
+              if (part % 4 == 1) fetch_lines(fetch + part / 4 * kStride, 2);
+            };
+            if constexpr (!Paced) {
+              fetch_lines(soon, 16);
+              fetch_lines(soon + 16 * kK, 16);
+              fetch_lines(fetch, 2);
+              fetch_lines(fetch + kStride, 2);
             }
-            LOADS(a0 + s * kTile, a1 + s * kTile, b0 + s * kTile, b1 + s * kTile);
-            PRODUCTS;
+            LOAD(4, a0 + s * kTile);
+            between(0);
+            LOAD(6, b0 + s * kTile);
+            between(1);
+            LOAD(5, a1 + s * kTile);
+            between(2);
+            LOAD(7, b1 + s * kTile);
+            between(3);
+            DOT(0, 4, 6);
+            between(4);
+            DOT(1, 4, 7);
+            between(5);
+            DOT(2, 5, 6);
+            between(6);
+            DOT(3, 5, 7);
+            between(7);
+            fetch += 2 * 64;
           }
           _tile_stored(0, sums, kLine);
           _tile_stored(1, sums + 16, kLine);
@@ -162,12 +188,17 @@ struct Case {
   void (*run)(const Data&);
 };
 constexpr Case kCases[] = {
-    {"products, random tiles in registers", products},
-    {"products, tiles of zeros in registers", products_of_zeros},
-    {"loads and products, first-level cache", loads_and_products},
-    {"matrix, chunks of 16 tiles, all hot", matrix<16, true>},
-    {"matrix, chunks of 16 tiles", matrix<16, false>},
-    {"matrix, chunks of 32 tiles", matrix<32, false>},
+    {"products, random tiles in registers, paced", products<true>},
+    {"products, not paced", products<false>},
+    {"loads, first-level cache", loads<true, false, 8192>},
+    {"loads, second-level cache", loads<true, false, 65536>},
+    {"loads and products, first-level, not paced", loads<false, true, 8192>},
+    {"loads and products, first-level", loads<true, true, 8192>},
+    {"loads and products, second-level", loads<true, true, 65536>},
+    {"matrix, chunks of 32 tiles, not paced", matrix<false, 32>},
+    {"matrix, chunks of 32 tiles", matrix<true, 32>},
+    {"matrix, chunks of 16 tiles", matrix<true, 16>},
+    {"matrix, chunks of 8 tiles", matrix<true, 8>},
 };
 constexpr int kCount = sizeof kCases / sizeof kCases[0];
 
@@ -226,6 +257,8 @@ int main(int argc, char** argv) {
   std::printf("%d threads\n", threads);
   for (auto& s : seconds) std::sort(s.begin(), s.end());
   for (int c = 0; c < kCount; ++c)
-    std::printf("%-40s %6.2f Top/s  %.2f\n", kCases[c].name, kOps * threads / seconds[c][kRounds / 2] / 1e12,
+    std::printf("%-44s %6.2f Top/s  %6.1f ns a step  %.2f\n", kCases[c].name,
+                kOps * threads / seconds[c][kRounds / 2] / 1e12,
+                seconds[c][kRounds / 2] * 1e9 / (kMatrices * kSteps),
                 seconds[0][kRounds / 2] / seconds[c][kRounds / 2]);
 }
