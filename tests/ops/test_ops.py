@@ -55,9 +55,14 @@ def test_matches_reference(sample: Sample, tier: str) -> None:
 
 
 # Ops whose work is cut by the number of threads, or handed from one to another.
-THREADED = frozenset(
-    ("linear", "logits", "mlp", "moe", "moe_shared")
-    + ("mla_decode_attention", "mla_prefill_attention")
+THREADED = (
+    "linear",
+    "logits",
+    "mlp",
+    "moe",
+    "moe_shared",
+    "mla_decode_attention",
+    "mla_prefill_attention",
 )
 
 
