@@ -47,8 +47,12 @@ struct TileOrderFp8 {
     __m512 sum, even, odd;
   };
   using Line = WideLine;
+  static constexpr int parts(int) { return 1; }
   LC_INLINE void zero(Acc& acc) { acc.sum = acc.even = acc.odd = _mm512_setzero_ps(); }
-  LC_INLINE Line load(const uint8_t* p) { return Base::widen<Format::FP8>(p); }
+  template <int Part, int Parts>
+  LC_INLINE Line load(const uint8_t* p) {
+    return Base::widen<Format::FP8>(p);
+  }
   LC_INLINE void pair(Acc& acc, __m512i line, uint32_t a) {
     const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
     const __m512 x = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(a << 16)));
@@ -56,6 +60,7 @@ struct TileOrderFp8 {
     acc.even = _mm512_fmadd_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(line, 16)), acc.even);
     acc.odd = _mm512_fmadd_ps(y, _mm512_castsi512_ps(_mm512_and_si512(line, high)), acc.odd);
   }
+  template <int Part, int Parts>
   LC_INLINE void fma(Acc& acc, const Line& line, const uint8_t* a) {
     uint32_t p[2];
     std::memcpy(p, a, 8);

@@ -402,6 +402,9 @@ struct Avx2 {
       __m256i w[4];
       __m256 f[8];
     };
+    // A line is loaded and multiplied in so many parts: the sums of three rows leave registers for half of one of
+    // bf16.
+    static constexpr int parts(int rows) { return F == Format::BF16 && rows > 2 ? 2 : 1; }
     LC_INLINE void zero(Acc& acc) {
       LC_UNROLL
       for (int j = 0; j < 4; ++j) {
@@ -413,18 +416,23 @@ struct Avx2 {
     }
     // Behind every block of K (k_multiple).
     LC_INLINE void end_block(Acc&) {}
+    template <int Part, int Parts>
     LC_INLINE Line load(const uint8_t* p) {
       Line line;
       if constexpr (kInt) {
         LC_UNROLL
         for (int j = 0; j < 4; ++j) line.w[j] = _mm256_cvtepi8_epi16(load128(p + 16 * j));
       } else if constexpr (F == Format::BF16) {
+        // Read again by the second part: kept, the line would drive a sum out of its register, into memory and
+        // back.
+        if constexpr (Part > 0) __asm__("" : "+r"(p));
         LC_UNROLL
         for (int h = 0; h < 2; ++h) {
           const __m256i w = load256(p + 32 * h);
-          line.f[h] = _mm256_castsi256_ps(_mm256_slli_epi32(w, 16));
-          line.f[2 + h] = _mm256_castsi256_ps(
-              _mm256_and_si256(w, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+          if constexpr (Part == 0) line.f[h] = _mm256_castsi256_ps(_mm256_slli_epi32(w, 16));
+          if constexpr (Part == Parts - 1)
+            line.f[2 + h] = _mm256_castsi256_ps(
+                _mm256_and_si256(w, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
         }
       } else if constexpr (F == Format::F32) {
         line.f[0] = _mm256_loadu_ps(reinterpret_cast<const float*>(p));
@@ -438,6 +446,7 @@ struct Avx2 {
     LC_INLINE __m256 pair(const uint8_t* a) {
       return _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(a)));
     }
+    template <int Part, int Parts>
     LC_INLINE void fma(Acc& acc, const Line& line, const uint8_t* a) {
       if constexpr (kInt) {
         long long four;
@@ -451,11 +460,16 @@ struct Avx2 {
         acc.f[1] = madd(x, line.f[1], acc.f[1]);
       } else if constexpr (F == Format::BF16) {
         const float* f = reinterpret_cast<const float*>(a);
-        const __m256 e = _mm256_broadcast_ss(f), o = _mm256_broadcast_ss(f + 1);
-        acc.f[0] = madd(e, line.f[0], acc.f[0]);
-        acc.f[1] = madd(e, line.f[1], acc.f[1]);
-        acc.f[2] = madd(o, line.f[2], acc.f[2]);
-        acc.f[3] = madd(o, line.f[3], acc.f[3]);
+        if constexpr (Part == 0) {
+          const __m256 even = _mm256_broadcast_ss(f);
+          acc.f[0] = madd(even, line.f[0], acc.f[0]);
+          acc.f[1] = madd(even, line.f[1], acc.f[1]);
+        }
+        if constexpr (Part == Parts - 1) {
+          const __m256 odd = _mm256_broadcast_ss(f + 1);
+          acc.f[2] = madd(odd, line.f[2], acc.f[2]);
+          acc.f[3] = madd(odd, line.f[3], acc.f[3]);
+        }
       } else {
         // Rows 0..3, 4..7, 8..11, 12..15.
         const __m256 x = pair(a), y = pair(a + 8);

@@ -356,6 +356,7 @@ struct Avx512 {
     struct Line {
       __m512i a, b;
     };
+    static constexpr int parts(int) { return 1; }  // in which a line is loaded and multiplied
     LC_INLINE void zero(Acc& acc) {
       if constexpr (kInt)
         acc.i = _mm512_setzero_si512();
@@ -364,6 +365,7 @@ struct Avx512 {
     }
     // Behind every block of K (k_multiple).
     LC_INLINE void end_block(Acc&) {}
+    template <int Part, int Parts>
     LC_INLINE Line load(const uint8_t* p) {
       if constexpr (kWide) {
         const WideLine w = widen<F>(p);
@@ -372,6 +374,7 @@ struct Avx512 {
         return {_mm512_loadu_si512(p), _mm512_setzero_si512()};
       }
     }
+    template <int Part, int Parts>
     LC_INLINE void fma(Acc& acc, const Line& line, const uint8_t* a) {
       if constexpr (kInt) {
         int four;

@@ -5,6 +5,8 @@
 // on how many rows there are or how they are tiled.
 #pragma once
 
+#include <utility>
+
 #include "kernels/share.inl.h"
 
 namespace {
@@ -167,7 +169,7 @@ LC_INLINE Ahead ahead_of(const uint8_t* panel, int64_t stride, int64_t lines, in
 template <class Isa, Format F, int M, int NP>
 void tile(const Act& a, const uint8_t* w, int64_t panel_stride, int64_t blocks, const Ahead& fetch, float* c) {
   using U = typename Isa::template Unit<F>;
-  constexpr int kLines = block_k(F) / k_per_line(F);
+  constexpr int kLines = block_k(F) / k_per_line(F), kParts = U::parts(M);
   typename U::Acc acc[M][NP];
   LC_UNROLL
   for (int m = 0; m < M; ++m) {
@@ -186,7 +188,6 @@ void tile(const Act& a, const uint8_t* w, int64_t panel_stride, int64_t blocks, 
     const bool turned = b >= turn && fetch.jump != 0;
 #pragma GCC unroll 4
     for (int u = 0; u < kLines; ++u) {
-      typename U::Line line[NP];
       LC_UNROLL
       for (int p = 0; p < NP; ++p) {
         const uint8_t* src = w + p * panel_stride + u * 64;
@@ -197,13 +198,21 @@ void tile(const Act& a, const uint8_t* w, int64_t panel_stride, int64_t blocks, 
         } else {
           vprefetch_l2(src + ahead);
         }
-        line[p] = U::load(src);
       }
-      LC_UNROLL
-      for (int m = 0; m < M; ++m) {
+      const auto multiply = [&]<int Part>(std::integral_constant<int, Part>) __attribute__((always_inline)) {
+        typename U::Line line[NP];
         LC_UNROLL
-        for (int p = 0; p < NP; ++p) U::fma(acc[m][p], line[p], row[m] + u * U::kActBytes);
-      }
+        for (int p = 0; p < NP; ++p) line[p] = U::template load<Part, kParts>(w + p * panel_stride + u * 64);
+        LC_UNROLL
+        for (int m = 0; m < M; ++m) {
+          LC_UNROLL
+          for (int p = 0; p < NP; ++p)
+            U::template fma<Part, kParts>(acc[m][p], line[p], row[m] + u * U::kActBytes);
+        }
+      };
+      [&]<int... Part>(std::integer_sequence<int, Part...>) __attribute__((always_inline)) {
+        (multiply(std::integral_constant<int, Part>{}), ...);
+      }(std::make_integer_sequence<int, kParts>{});
     }
     w += kBlockBytes;
     LC_UNROLL
