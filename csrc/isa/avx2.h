@@ -402,9 +402,8 @@ struct Avx2 {
       __m256i w[4];
       __m256 f[8];
     };
-    // A line is loaded and multiplied in so many parts: the sums of three rows leave registers for half of one of
-    // bf16.
-    static constexpr int parts(int rows) { return F == Format::BF16 && rows > 2 ? 2 : 1; }
+    // A line is loaded and multiplied in so many parts: the sums of three rows leave registers for half of one.
+    static constexpr int parts(int rows) { return rows > 2 && (kInt || F == Format::BF16) ? 2 : 1; }
     LC_INLINE void zero(Acc& acc) {
       LC_UNROLL
       for (int j = 0; j < 4; ++j) {
@@ -421,7 +420,8 @@ struct Avx2 {
       Line line;
       if constexpr (kInt) {
         LC_UNROLL
-        for (int j = 0; j < 4; ++j) line.w[j] = _mm256_cvtepi8_epi16(load128(p + 16 * j));
+        for (int j = 4 * Part / Parts; j < 4 * (Part + 1) / Parts; ++j)
+          line.w[j] = _mm256_cvtepi8_epi16(load128(p + 16 * j));
       } else if constexpr (F == Format::BF16) {
         // Read again by the second part: kept, the line would drive a sum out of its register, into memory and
         // back.
@@ -449,11 +449,18 @@ struct Avx2 {
     template <int Part, int Parts>
     LC_INLINE void fma(Acc& acc, const Line& line, const uint8_t* a) {
       if constexpr (kInt) {
+        // Read again by the second part, as lines of bf16 are.
+        if constexpr (Part > 0) __asm__("" : "+r"(a));
         long long four;
         std::memcpy(&four, a, 8);
         const __m256i x = _mm256_set1_epi64x(four);
         LC_UNROLL
-        for (int j = 0; j < 4; ++j) acc.i[j] = _mm256_add_epi32(acc.i[j], _mm256_madd_epi16(x, line.w[j]));
+        for (int j = 4 * Part / Parts; j < 4 * (Part + 1) / Parts; ++j) {
+          __m256i sum = _mm256_add_epi32(acc.i[j], _mm256_madd_epi16(x, line.w[j]));
+          // In this order: all products first would drive the sums into memory.
+          if constexpr (Parts > 1) __asm__ volatile("" : "+x"(sum));
+          acc.i[j] = sum;
+        }
       } else if constexpr (F == Format::F32) {
         const __m256 x = _mm256_broadcast_ss(reinterpret_cast<const float*>(a));
         acc.f[0] = madd(x, line.f[0], acc.f[0]);
