@@ -8,7 +8,7 @@ namespace {
 LC_INLINE void tile_fence() { __asm__ volatile("" : : : "memory"); }
 
 // Where many cores multiply tiles at a time, tile instructions that follow one another closely are held back: a
-// loop of them takes up to 1.4 times as long as with other instructions between (benchmarks/amx_tiles.cpp).
+// loop of them takes up to 1.7 times as long as with other instructions between (benchmarks/amx_tiles.cpp).
 LC_INLINE void pace() {
   __asm__ volatile("nop; nop; nop; nop; nop; nop; nop; nop; nop; nop; nop; nop" : : : "memory");
 }
@@ -28,6 +28,50 @@ LC_INLINE void pace() {
       _tile_dpbf16ps(C, A, B);       \
     pace();                          \
   } while (0)
+
+// The sums of two groups of 16 rows by two panels, tiles 0..3, and where they lie: of the second panel `panel`
+// floats, of the second group `group` floats further. Groups and panels that do not exist are left out.
+struct TileSums {
+  float* c;
+  int64_t panel, group, stride;  // stride: bytes from row to row
+  bool both, two;                // panels, groups
+
+  LC_INLINE void zero() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  __attribute__((always_inline)) void load() const {
+    _tile_loadd(0, c, stride);
+    if (both) _tile_loadd(1, c + panel, stride);
+    if (two) _tile_loadd(2, c + group, stride);
+    if (two && both) _tile_loadd(3, c + group + panel, stride);
+  }
+  __attribute__((always_inline)) void store(float* to) const {
+    _tile_stored(0, to, stride);
+    if (both) _tile_stored(1, to + panel, stride);
+    if (two) _tile_stored(2, to + group, stride);
+    if (two && both) _tile_stored(3, to + group + panel, stride);
+  }
+  // Adds one tile of each group by one of each panel, where not all four exist.
+  template <Format F>
+  __attribute__((always_inline)) void add_some(const uint8_t* a0, const uint8_t* a1, int64_t a_stride,
+                                               const uint8_t* b0, const uint8_t* b1) const {
+    LC_LOAD(4, a0, a_stride);
+    LC_LOAD(6, b0, 64);
+    LC_DOT(0, 4, 6);
+    if (both) {
+      LC_LOAD(7, b1, 64);
+      LC_DOT(1, 4, 7);
+    }
+    if (two) {
+      LC_LOAD(5, a1, a_stride);
+      LC_DOT(2, 5, 6);
+      if (both) LC_DOT(3, 5, 7);
+    }
+  }
+};
 
 LC_INLINE void prefetch_tile(const uint8_t* p, int64_t stride) {
   for (int l = 0; l < 16; ++l) vprefetch(p + l * stride);
@@ -151,17 +195,11 @@ void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next
         for (int64_t i = 0; i < mi; i += 32) {
           const bool two = i + 16 < mi;
           float* at = total_of(i);
-          if (F == Format::FP8 || t == 0) {
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-          } else {
-            _tile_loadd(0, at, kStride);
-            if (np > 1) _tile_loadd(1, at + 16, kStride);
-            if (two) _tile_loadd(2, at + 16 * kTileCols, kStride);
-            if (two && np > 1) _tile_loadd(3, at + 16 * kTileCols + 16, kStride);
-          }
+          const TileSums four{at, 16, 16 * kTileCols, kStride, np > 1, two};
+          if (F == Format::FP8 || t == 0)
+            four.zero();
+          else
+            four.load();
           const uint8_t* a0 = a.row(i0 + i) + t * a.block_stride;
           const uint8_t* a1 = a0 + a.group_stride;
           if (two && np > 1) {
@@ -199,25 +237,11 @@ void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next
               for (int64_t l = 0; l < lines; ++l)
                 for (int q = 0; q < np; ++q) vprefetch_l2(fetch + q * w.stride + l * 64);
               fetch += lines * 64;
-              LC_LOAD(4, a0 + j * a.block_stride, a.row_stride);
-              LC_LOAD(6, b + j * kTileBytes, 64);
-              LC_DOT(0, 4, 6);
-              if (np > 1) {
-                LC_LOAD(7, b + b_stride + j * kTileBytes, 64);
-                LC_DOT(1, 4, 7);
-              }
-              if (two) {
-                LC_LOAD(5, a1 + j * a.block_stride, a.row_stride);
-                LC_DOT(2, 5, 6);
-                if (np > 1) LC_DOT(3, 5, 7);
-              }
+              four.add_some<F>(a0 + j * a.block_stride, a1 + j * a.block_stride, a.row_stride, b + j * kTileBytes,
+                               b + b_stride + j * kTileBytes);
             }
           }
-          float* to = F == Format::FP8 ? sums : at;
-          _tile_stored(0, to, kStride);
-          if (np > 1) _tile_stored(1, to + 16, kStride);
-          if (two) _tile_stored(2, to + 16 * kTileCols, kStride);
-          if (two && np > 1) _tile_stored(3, to + 16 * kTileCols + 16, kStride);
+          four.store(F == Format::FP8 ? sums : at);
           tile_fence();
           if constexpr (F == Format::FP8)
             add_block(at, sums, static_cast<int>(tmin<int64_t>(32, mi - i)), np, block_scale(w, panel, t / kChunk),
@@ -249,20 +273,13 @@ void Amx::plain_product(const Panels& w, int64_t panels, const Act& a, int64_t m
     const uint8_t *b0 = w.base + p * w.stride, *b1 = b0 + w.stride;
     for (int64_t i = 0; i < m; i += 32) {
       const bool two = i + 16 < m;
-      float* const c0 = c + i * row_stride + p * panel_stride;
-      float* const c1 = c0 + 16 * row_stride;
+      float* const at = c + i * row_stride + p * panel_stride;
+      const TileSums four{at, panel_stride, 16 * row_stride, bytes, both, two};
       const uint8_t *a0 = a.row(i), *a1 = a0 + a.group_stride;
-      if constexpr (Add) {
-        _tile_loadd(0, c0, bytes);
-        if (both) _tile_loadd(1, c0 + panel_stride, bytes);
-        if (two) _tile_loadd(2, c1, bytes);
-        if (two && both) _tile_loadd(3, c1 + panel_stride, bytes);
-      } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-      }
+      if constexpr (Add)
+        four.load();
+      else
+        four.zero();
       if (two && both) {
         for (int64_t t = 0; t < tiles; ++t) {
           LC_LOAD(4, a0 + t * a.block_stride, a.row_stride);
@@ -275,25 +292,11 @@ void Amx::plain_product(const Panels& w, int64_t panels, const Act& a, int64_t m
           LC_DOT(3, 5, 7);
         }
       } else {
-        for (int64_t t = 0; t < tiles; ++t) {
-          LC_LOAD(4, a0 + t * a.block_stride, a.row_stride);
-          LC_LOAD(6, b0 + t * kTileBytes, 64);
-          LC_DOT(0, 4, 6);
-          if (both) {
-            LC_LOAD(7, b1 + t * kTileBytes, 64);
-            LC_DOT(1, 4, 7);
-          }
-          if (two) {
-            LC_LOAD(5, a1 + t * a.block_stride, a.row_stride);
-            LC_DOT(2, 5, 6);
-            if (both) LC_DOT(3, 5, 7);
-          }
-        }
+        for (int64_t t = 0; t < tiles; ++t)
+          four.add_some<F>(a0 + t * a.block_stride, a1 + t * a.block_stride, a.row_stride, b0 + t * kTileBytes,
+                           b1 + t * kTileBytes);
       }
-      _tile_stored(0, c0, bytes);
-      if (both) _tile_stored(1, c0 + panel_stride, bytes);
-      if (two) _tile_stored(2, c1, bytes);
-      if (two && both) _tile_stored(3, c1 + panel_stride, bytes);
+      four.store(at);
     }
   }
   tile_fence();

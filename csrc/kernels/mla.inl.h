@@ -708,7 +708,7 @@ void mla_decode(const Ctx& ctx, const void* p) {
     };
     RowsAhead ahead;  // nothing
     ahead.dim = dim;
-    // Tile `number` of all rows: f(row, first token, tokens, rows of the cache).
+    // Tile `number` of all rows: f(row, tokens, rows of the cache).
     const auto with_tile = [&](int64_t number, const auto& f) {
       int64_t row = 0, s = number;
       for (; s >= d.spans(a.places.positions[row] + 1); ++row) s -= d.spans(a.places.positions[row] + 1);

@@ -210,7 +210,7 @@ struct BlockShares {
 
 template <class Isa>
 struct MoePlan {
-  int64_t grouping_bytes, blocks, x_bytes, h_bytes;
+  int64_t grouping_bytes, x_bytes, h_bytes;
   uint8_t *grouping, *x, *h;
   bf16* gated;  // [rows, intermediate]
   float* sum;   // [panels of hidden, n, 16]
@@ -226,7 +226,6 @@ struct MoePlan {
     Grouping g(count, a);
     grouping_bytes = count.used;
     rows = g.rows;
-    blocks = Grouping::most_blocks(a);
     n = a.n;
     single = n == 1;
     const Layout &gl = a.gate_up.layout, &dl = a.down.layout;
@@ -408,7 +407,7 @@ void moe(const Ctx& ctx, const void* p) {
         gate_up(rows, begin, end, &then, own(list + 1, of).begin);
       });
     };
-    if (plan.blocks > 0) {
+    if (groups.block_count > 0) {
       const BlockShares shares(ctx, groups, pairs.count());
       each(groups.block_count, [&](int64_t list) { return groups.blocks[list]; }, shares);
     } else {
