@@ -12,13 +12,17 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 
 from latentcore import __version__
-from latentcore.cli import app, session
+from latentcore.cli import app, chat, session
+from latentcore.cli.options import ModelOptions, Quantization
+from latentcore.engine import interrupts
 from latentcore.engine.async_engine import EngineDeadError
 from latentcore.engine.chat import ChatTemplate, chat_prompt
 from latentcore.engine.request import TokensPrompt
@@ -253,6 +257,56 @@ def test_an_interrupt_on_a_terminal_stops_the_answer_alone() -> None:
     terminal.wait_for("> ")
     terminal.type("\x04")
     assert "Traceback" not in terminal.finish()
+
+
+def test_an_interrupt_at_any_moment_does_not_end_a_conversation(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every moment of the conversation's own code: it drops a line or stops an answer."""
+    options = ModelOptions(str(tiny_model), Quantization.AUTO, 1, None, enforce_eager=False)
+    llm = session.open_model(options, lambda _: None)
+    monkeypatch.setattr(session, "open_model", lambda *_: nullcontext(llm))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    interrupted_at = calls = 0
+    lines: list[str] = []
+    files = {module.__file__ for module in (chat, session, interrupts)}
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal calls
+        if frame.f_code.co_filename in files:
+            calls += 1
+            if calls == interrupted_at:
+                signal.raise_signal(signal.SIGINT)
+
+    def type_line(_: str) -> str:
+        sys.setprofile(count if lines else None)
+        if not lines:
+            raise EOFError
+        return lines.pop(0)
+
+    monkeypatch.setattr("builtins.input", type_line)
+
+    def converse(moment: int) -> str:
+        nonlocal interrupted_at, calls
+        interrupted_at, calls = moment, 0
+        lines[:] = ["Hello", "/think off", "Again"]
+        assert app.main(["chat", "--max-tokens", "2", "--temperature", "0"]) == 0
+        return capsys.readouterr().err
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        converse(0)
+        said = converse(0)  # the first time more is called
+        last = calls
+        assert "stopped" not in said
+        assert "leaves" not in said
+        seen = [converse(moment) for moment in range(1, last + 1)]
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        llm.close()
+    assert all(said.count("(stopped)") + said.count("leaves)") == 1 for said in seen)
+    assert any("(stopped)" in said for said in seen)
+    assert any("leaves)" in said for said in seen)
 
 
 def bad(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

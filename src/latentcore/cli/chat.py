@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -28,6 +29,7 @@ from latentcore.cli.options import (
 from latentcore.errors import RequestError, UserError
 
 if TYPE_CHECKING:
+    from latentcore.engine.interrupts import Interrupts
     from latentcore.engine.loading import CheckedModel
 
 _HELP = (
@@ -69,6 +71,7 @@ def chat(
 
     from latentcore.cli import session
     from latentcore.engine.chat import chat_prompt
+    from latentcore.engine.interrupts import Interrupts
 
     sampling = SamplingOptions(max_tokens, temperature, top_p, top_k, seed, stop)
     session.check_sampling(sampling)
@@ -84,16 +87,19 @@ def chat(
         tokens = chat_prompt(template, tokenizer, first, template_kwargs={"thinking": thinking})
         model.check_request(tokens, session.sampling_params(model, sampling))
 
-    with session.open_model(options, check) as llm:
+    with ExitStack() as stack:
+        llm = stack.enter_context(session.open_model(options, check))
         params = session.sampling_params(llm.loaded, sampling)
         template, tokenizer = llm.loaded.chat_template, llm.loaded.tokenizer
         assert template is not None
         assert tokenizer is not None
         messages: list[dict[str, Any]] = []
         interactive = prompt is None and sys.stdin.isatty()
-        if interactive:
+        interrupts = stack.enter_context(Interrupts())
+        if interactive:  # ^C stops an answer or drops a line; it never ends the conversation
+            stack.enter_context(interrupts.held())
             session.write_note(f"{llm.loaded.name}. {_HELP}")
-        for line in _messages(prompt):
+        for line in _messages(prompt, interrupts):
             command, _, argument = line.partition(" ")
             if interactive and command.startswith("/"):
                 if command in _EXIT:
@@ -123,7 +129,8 @@ def chat(
                     kept.append(text)
                     to.push(text)
 
-                answer = session.answer(llm, tokens, params, take)
+                with interrupts.allowed():
+                    answer = session.answer(llm, tokens, params, take)
                 writer.finish()
                 # The template shows "<think>" to the model; what follows is its own.
                 messages.append({"role": "assistant", "content": answer.text})
@@ -152,7 +159,7 @@ def chat(
                     del messages[turn:]
 
 
-def _messages(prompt: str | None) -> Iterator[str]:
+def _messages(prompt: str | None, interrupts: "Interrupts") -> Iterator[str]:
     """What the user says: --prompt alone, or line after line."""
     if prompt is not None:
         yield prompt
@@ -174,7 +181,8 @@ def _messages(prompt: str | None) -> Iterator[str]:
 
     while True:
         try:
-            message = _typed()
+            with interrupts.allowed():
+                message = _typed()
         except EOFError:
             print(file=sys.stderr)
             return

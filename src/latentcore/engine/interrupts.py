@@ -1,4 +1,4 @@
-"""^C between the steps of an engine, not within them."""
+"""^C where it may take effect, and nowhere else."""
 
 import signal
 import threading
@@ -9,16 +9,19 @@ from typing import Any
 
 
 class Interrupts:
-    """Entered around the use of an engine; `held` around what must not be left half done.
+    """Entered around the whole; `held` around what must not be left half done.
 
-    A step moves sequences and blocks between queues. An exception in the midst of that, which an
-    interrupt may raise anywhere, would leave queues that contradict each other: blocks that nobody
-    gives back, sequences that nobody runs. Python's code sees signals in the main thread alone;
-    elsewhere, and where interrupts are ignored, this does nothing.
+    A step of an engine moves sequences and blocks between queues. An exception in the midst of
+    that, which an interrupt may raise anywhere, would leave queues that contradict each other:
+    blocks that nobody gives back, sequences that nobody runs. Where it is the other way round, and
+    a few places alone may be left (a conversation: while it waits for a line, and while it
+    answers), these are `allowed` within `held`. Python's code sees signals in the main thread
+    alone; elsewhere, and where interrupts are ignored, this does nothing.
     """
 
     def __init__(self) -> None:
         self._handler: Callable[[int, FrameType | None], Any] | None = None
+        self._within_held = False
         self._holding = False
         self._waiting = False
 
@@ -37,18 +40,35 @@ class Interrupts:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """An interrupt that comes within takes effect at the end."""
-        self._holding = True
+        """An interrupt that comes within takes effect at the end. Not to be nested."""
+        self._holding = self._within_held = True
         try:
             yield
         finally:
+            self._within_held = self._holding = False
+            self._take_waiting()
+
+    @contextmanager
+    def allowed(self) -> Iterator[None]:
+        """Within `held`: one interrupt takes effect here, be it one that came before.
+
+        The next is held again, wherever it comes: whoever catches the first is not interrupted.
+        """
+        try:
             self._holding = False
-            if self._waiting:
-                self._waiting = False
-                self._take(signal.SIGINT, None)
+            self._take_waiting()
+            yield
+        finally:
+            self._holding = self._within_held
+
+    def _take_waiting(self) -> None:
+        if self._waiting:
+            self._waiting = False
+            self._take(signal.SIGINT, None)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if self._holding:
             self._waiting = True
         elif self._handler is not None:
+            self._holding = self._within_held
             self._handler(number, frame)
