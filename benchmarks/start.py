@@ -32,6 +32,7 @@ from peers.compare import Checkpoint, Worker
 from latentcore import LLM, SamplingParams
 from latentcore.bench.machine import describe_machine, watched
 from latentcore.config import EngineConfig, ModelConfig
+from latentcore.engine.bandwidth import measure_read_bandwidth
 from latentcore.models.checkpoint import Checkpoint as Tensors
 from latentcore.models.packed_cache import Pack, pack_of
 from latentcore.models.resolve import resolve
@@ -189,7 +190,7 @@ def measure(args: argparse.Namespace) -> None:
         at_hand.append(found)
         touching.append(touched)
         as_it_comes.append(start(args.checkpoint, args.threads, 0)[0])
-    bandwidth = runtime.read_bandwidth(1.0)
+    bandwidth = measure_read_bandwidth(1.0)
     imports = statistics.median(s.imports for s in at_hand)
     bar = imports + pack.nbytes / (bandwidth / 5) + 0.5
     print(describe_machine().line(), file=sys.stderr)

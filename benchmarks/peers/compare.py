@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import Any
 
 from latentcore.bench.machine import describe_machine, watched
+from latentcore.engine.bandwidth import measure_read_bandwidth
 from latentcore.models.writer import FORMATS
 from latentcore.ops import runtime
 
@@ -202,7 +203,7 @@ class Rounds:
 def measure(ours: Contestant, peer: Contestant, cases: list[Case]) -> Round:
     """One round."""
     with watched() as disturbance:
-        bandwidth = runtime.read_bandwidth(0.5)
+        bandwidth = measure_read_bandwidth(0.5)
         seconds = {case.name: (ours.seconds(case), peer.seconds(case)) for case in cases}
     # The engines are processes of their own: their work is not another program's.
     return Round(bandwidth, disturbance.stolen, seconds)

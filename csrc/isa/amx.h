@@ -99,7 +99,12 @@ struct Amx : Avx512<true, true> {
   static constexpr int panels_at(int64_t rows) {
     return rows <= max_rows<F>(4) ? 4 : 2;
   }
-  static constexpr Fetch fetch(int, int) { return {2048, Into::kFirst}; }
+  // Codes that are widened are waited for by arithmetic, all else by memory.
+  template <Format F>
+  static constexpr Fetch fetch(int, int) {
+    if (F == Format::FP8 || F == Format::INT8_WIDE) return {2048, Into::kFirst};
+    return {F == Format::INT8 ? 8192 : 4096, Into::kSecond};
+  }
   // Rows up to which a product runs on vector registers, with the same bits as on tiles: int8 sums
   // are exact, FP8 keeps the tiles' order.
   template <Format F>

@@ -285,7 +285,10 @@ struct Avx2 {
   static constexpr int panels_at(int64_t) {
     return 1;
   }
-  static constexpr Fetch fetch(int, int) { return {4096, Into::kFirst}; }
+  template <Format F>
+  static constexpr Fetch fetch(int, int) {
+    return {4096, Into::kFirst};
+  }
 
   LC_INLINE __m256 madd(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 

@@ -222,6 +222,7 @@ struct Avx512 {
     return F == Format::FP8 || F == Format::INT8_WIDE ? 4 : 1;
   }
   // Where a line waits for many products, the second-level cache must be well ahead of them.
+  template <Format F>
   static constexpr Fetch fetch(int m, int np) {
     if (np > 1 || m > 4) return {8192, Into::kSecond};
     return {4096, m <= 2 ? Into::kTurns : Into::kFirst};

@@ -158,7 +158,18 @@ void act_prepare_row_f32(const Act& a, int64_t m, const float* x, const float* c
 struct Ahead {
   int64_t turn, jump;
   Ahead from(int64_t block) const { return {turn - block, jump}; }
+  // `turn` where another distance is fetched ahead.
+  int64_t at(const Fetch& fetch, int64_t block_bytes) const {
+    return turn - (fetch.bytes - kPrefetchBytes) / block_bytes;
+  }
 };
+template <Into I>
+LC_INLINE void prefetch(const uint8_t* p) {
+  if constexpr (I == Into::kSecond)
+    vprefetch_l2(p);
+  else
+    vprefetch(p);
+}
 // For panels whose lines are followed by those of `next`.
 LC_INLINE Ahead ahead_of(const uint8_t* panel, int64_t stride, int64_t lines, int64_t block_bytes,
                          const uint8_t* next) {
@@ -181,8 +192,8 @@ void tile(const Act& a, const uint8_t* w, int64_t panel_stride, int64_t blocks, 
   for (int m = 0; m < M; ++m) row[m] = a.base + m * a.row_stride;
   const int64_t step = a.block_stride;
   constexpr int64_t kBlockBytes = kLines * 64;
-  constexpr Fetch kFetch = Isa::fetch(M, NP);
-  const int64_t turn = fetch.turn - (kFetch.bytes - kPrefetchBytes) / kBlockBytes;
+  constexpr Fetch kFetch = Isa::template fetch<F>(M, NP);
+  const int64_t turn = fetch.at(kFetch, kBlockBytes);
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t ahead = kFetch.bytes + (b < turn ? 0 : fetch.jump);
     const bool turned = b >= turn && fetch.jump != 0;
@@ -193,10 +204,8 @@ void tile(const Act& a, const uint8_t* w, int64_t panel_stride, int64_t blocks, 
         const uint8_t* src = w + p * panel_stride + u * 64;
         if constexpr (kFetch.into == Into::kTurns) {
           if (turned) vprefetch(src + ahead);
-        } else if constexpr (kFetch.into == Into::kFirst) {
-          vprefetch(src + ahead);
         } else {
-          vprefetch_l2(src + ahead);
+          prefetch<kFetch.into>(src + ahead);
         }
       }
       const auto multiply = [&]<int Part>(std::integral_constant<int, Part>) __attribute__((always_inline)) {

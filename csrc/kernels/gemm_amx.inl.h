@@ -73,10 +73,6 @@ struct TileSums {
   }
 };
 
-LC_INLINE void prefetch_tile(const uint8_t* p, int64_t stride) {
-  for (int l = 0; l < 16; ++l) vprefetch(p + l * stride);
-}
-
 // Up to 16 rows: one activation tile, four panels in flight.
 template <Format F>
 void tile_few_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next, const Act& a, int64_t m,
@@ -143,10 +139,13 @@ void tile_few_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next,
       if constexpr (F != Format::FP8) store(c);
     } else {
       const Ahead fetch = ahead_of(panel, w.stride, w.lines, kTileBytes, then);
+      constexpr Fetch kFetch = Amx::fetch<F>(16, 4);
+      const int64_t turn = fetch.at(kFetch, kTileBytes);
       for (int64_t t = 0; t < tiles; ++t) {
         const uint8_t* b = panel + t * kTileBytes;
-        const int64_t ahead = kPrefetchBytes + (t < fetch.turn ? 0 : fetch.jump);
-        for (int q = 0; q < np; ++q) prefetch_tile(b + q * w.stride + ahead, 64);
+        const int64_t ahead = kFetch.bytes + (t < turn ? 0 : fetch.jump);
+        for (int q = 0; q < np; ++q)
+          for (int l = 0; l < 16; ++l) prefetch<kFetch.into>(b + q * w.stride + ahead + l * 64);
         step(a.base + t * a.block_stride, b, w.stride);
       }
       store(c);

@@ -84,7 +84,13 @@ double peak_ops(int64_t format, double seconds) {
   if (!is_format(format)) Call("peak_ops", true).fail("fmt", "a packed format in 1..5", std::to_string(format));
   return measure_peak(static_cast<Format>(format), in_seconds("peak_ops", seconds));
 }
-double read_bandwidth(double seconds) { return measure_read_bandwidth(in_seconds("read_bandwidth", seconds)); }
+double read_bandwidth(double seconds, int64_t most_bytes) {
+  const int64_t least = int64_t{1} << 20;
+  if (most_bytes < least)
+    Call("read_bandwidth", true)
+        .fail("most_bytes", std::to_string(least) + " or more", std::to_string(most_bytes));
+  return measure_read_bandwidth(in_seconds("read_bandwidth", seconds), most_bytes);
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(latentcore, m) {
   m.def("set_threads(int n) -> ()");
@@ -103,7 +109,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(latentcore, m) {
   m.def("profile_end() -> str");
   m.def("peak_ops(int fmt, float seconds) -> float");
   m.def("last_level_cache() -> int");
-  m.def("read_bandwidth(float seconds) -> float");
+  m.def("read_bandwidth(float seconds, int most_bytes) -> float");
 }
 STABLE_TORCH_LIBRARY_IMPL(latentcore, CompositeExplicitAutograd, m) {
   m.impl("set_threads", TORCH_BOX(&set_threads));

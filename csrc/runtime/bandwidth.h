@@ -11,9 +11,10 @@ namespace lc {
 int64_t last_level_cache();
 
 // Bytes a second of plain reading, all threads of the team: the largest median over several stream
-// counts and prefetch distances, on huge pages, within twice the last-level caches (512 MiB at
-// least), in about `seconds`.
-double measure_read_bandwidth(double seconds);
+// counts and prefetch distances, on huge pages, in about `seconds`. The buffer is eight times the
+// last-level caches (512 MiB to 4 GiB), but `most_bytes` at most; where that is less than eight times
+// the caches, they are emptied of it before each pass.
+double measure_read_bandwidth(double seconds, int64_t most_bytes);
 
 // Operations a second (a multiplication and an addition are two) of the best instruction of this
 // tier for a format, in registers, all threads; the median of five runs of about `seconds` in all.

@@ -27,7 +27,7 @@ CONFIG = tiny_config(max_position_embeddings=512)
 @pytest.fixture(autouse=True)
 def _quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ceilings have tests of their own (tests/ops/test_runtime.py) and take seconds."""
-    monkeypatch.setattr(runtime, "read_bandwidth", lambda seconds: 1e10)
+    monkeypatch.setattr(runtime, "read_bandwidth", lambda seconds, most_bytes: 1e10)
     monkeypatch.setattr(runtime, "peak_ops", lambda fmt, seconds: 1e12 * int(fmt))
     monkeypatch.setattr(runtime, "last_level_cache", lambda: 100_000)
 

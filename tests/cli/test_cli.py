@@ -663,7 +663,7 @@ def test_bandwidth_is_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setenv("LATENTCORE_CACHE", str(tmp_path / "new"))
     calls: list[float] = []
 
-    def measure(seconds: float) -> float:
+    def measure(seconds: float, most_bytes: int) -> float:
         calls.append(time.monotonic())
         return 5e9
 

@@ -15,7 +15,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[f
     """What the next measurements will find."""
     found: list[float] = []
     monkeypatch.setenv("LATENTCORE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(runtime, "read_bandwidth", lambda _seconds: found.pop(0))
+    monkeypatch.setattr(runtime, "read_bandwidth", lambda _seconds, _most: found.pop(0))
     yield found
     runtime.set_threads(1)
 

@@ -570,7 +570,10 @@ def test_profiles_do_not_nest() -> None:
 def test_read_bandwidth() -> None:
     for threads in (1, 2):
         runtime.set_threads(threads)
-        assert 1e8 < runtime.read_bandwidth(0.1) < 1e14
+        assert 1e8 < runtime.read_bandwidth(0.1, 1 << 40) < 1e14
+        assert 1e8 < runtime.read_bandwidth(0.001, 1 << 20) < 1e14  # caches emptied of it
+    with pytest.raises(RuntimeError, match="most_bytes"):
+        runtime.read_bandwidth(0.001, (1 << 20) - 1)
 
 
 def test_last_level_cache_is_what_the_system_lists() -> None:

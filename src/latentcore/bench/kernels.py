@@ -1,9 +1,10 @@
 """Roofline share of every op of a decoder step, by scheme, tier and number of rows.
 
 Ops run on random weights of a model's shapes. Each is given so many copies of its weights that
-together they are twice the last-level caches, and is timed over all copies in turn, in one replayed
-graph where it can be captured. Experts are drawn at random and counted. Ops without weights are
-measured once a tier, and count the activations that they read and write; the others leave them out.
+together they are eight times the last-level caches, and is timed over all copies in turn, in one
+replayed graph where it can be captured. Experts are drawn at random and counted. Ops without weights
+are measured once a tier, and count the activations that they read and write; the others leave them
+out.
 """
 
 import math
@@ -201,7 +202,7 @@ class _Ops:
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
-        self.spill = 2 * runtime.last_level_cache()
+        self.spill = 8 * runtime.last_level_cache()
 
     def copies(self, nbytes: int) -> int:
         """How many copies of so many bytes exceed the caches together."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from latentcore import __version__
-from latentcore.engine.bandwidth import keep_read_bandwidth
+from latentcore.engine.bandwidth import keep_read_bandwidth, measure_read_bandwidth
 from latentcore.models.cost import Cost
 from latentcore.ops import runtime
 from latentcore.quant.packed import Format
@@ -21,7 +21,7 @@ DISTURBED = 0.05
 """Share of the processors' time taken by others from which on figures are not to be trusted."""
 
 _BANDWIDTH_SECONDS = 1.0
-_BRIEF_SECONDS = 0.01  # three readings a way
+_BRIEF_SECONDS = 0.01  # three readings of the fastest ways
 _PEAK_SECONDS = 0.4
 
 _ARITHMETIC = {
@@ -127,14 +127,14 @@ def measure_ceilings(formats: Iterable[Format]) -> Ceilings:
     peaks = {fmt: runtime.peak_ops(fmt, _PEAK_SECONDS) for fmt in sorted(needed | {Format.F32})}
     if Format.BF16 in peaks:
         peaks[Format.BF16] = max(peaks[Format.BF16], peaks[Format.F32])
-    bandwidth = runtime.read_bandwidth(_BANDWIDTH_SECONDS)
+    bandwidth = measure_read_bandwidth(_BANDWIDTH_SECONDS)
     keep_read_bandwidth(bandwidth)
     return Ceilings(bandwidth, peaks)
 
 
 def measure_bandwidth() -> float:
     """Bytes a second that the threads read now, measured as briefly as `measure_ceilings` can."""
-    return runtime.read_bandwidth(_BRIEF_SECONDS)
+    return measure_read_bandwidth(_BRIEF_SECONDS)
 
 
 @dataclass

@@ -10,9 +10,11 @@ import platform
 from pathlib import Path
 
 from latentcore.envs import cache_dir
+from latentcore.models.memory import available_memory
 
 _SECONDS = 0.5
-_FORMAT = 3
+_LEAST_BYTES = 64 << 20
+_FORMAT = 4
 
 
 def machine_read_bandwidth() -> float:
@@ -25,7 +27,18 @@ def machine_read_bandwidth() -> float:
     from latentcore.ops import runtime
 
     found = _kept(_read(_path()), _machine_key(runtime.num_threads()))
-    return found or keep_read_bandwidth(runtime.read_bandwidth(_SECONDS))
+    return found or keep_read_bandwidth(measure_read_bandwidth(_SECONDS))
+
+
+def measure_read_bandwidth(seconds: float) -> float:
+    """Bytes a second that the team of threads reads from memory now.
+
+    Takes about `seconds`, and for the time a quarter of the memory that is free, if it needs as
+    much: the buffer has to be many times larger than the caches.
+    """
+    from latentcore.ops import runtime
+
+    return runtime.read_bandwidth(seconds, max(available_memory() // 4, _LEAST_BYTES))
 
 
 def keep_read_bandwidth(measured: float) -> float:

@@ -146,6 +146,6 @@ def last_level_cache() -> int:
     return _last_level_cache()  # type: ignore[no-any-return]
 
 
-def read_bandwidth(seconds: float) -> float:
+def read_bandwidth(seconds: float, most_bytes: int) -> float:
     """Bytes a second that the team reads, measured for about `seconds` (at most 60)."""
-    return _read_bandwidth(seconds)  # type: ignore[no-any-return]
+    return _read_bandwidth(seconds, most_bytes)  # type: ignore[no-any-return]

@@ -170,13 +170,15 @@ def last_level_cache() -> int:
     return control.last_level_cache()
 
 
-def read_bandwidth(seconds: float) -> float:
-    """Bytes a second that the team reads, measured for about `seconds`.
+def read_bandwidth(seconds: float, most_bytes: int) -> float:
+    """Bytes a second that the team reads from memory, measured for about `seconds`.
 
-    The memory that is read is twice the last-level caches, but 512 MiB at least and 1 GiB at most;
-    where caches are too large for that, they are emptied of it before each pass.
+    The memory that is read is eight times the last-level caches, 512 MiB at least and 4 GiB at
+    most, but never more than `most_bytes` (1 MiB or more); where that is less than eight times the
+    caches, they are emptied of it before each pass. (Of twice its size a last-level cache still
+    holds a third or more, since it does not replace by age.)
     """
-    return control.read_bandwidth(seconds)
+    return control.read_bandwidth(seconds, most_bytes)
 
 
 def peak_ops(fmt: Format, seconds: float) -> float:
