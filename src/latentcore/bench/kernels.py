@@ -2,9 +2,9 @@
 
 Ops run on random weights of a model's shapes. Each is given so many copies of its weights that
 together they are eight times the last-level caches, and is timed over all copies in turn, in one
-replayed graph where it can be captured. Experts are drawn at random and counted. Ops without weights
-are measured once a tier, and count the activations that they read and write; the others leave them
-out.
+replayed graph where it can be captured. Experts are drawn at random and counted. Ops without
+weights are measured once a tier, and count the activations that they read and write; the others
+leave them out.
 """
 
 import math
