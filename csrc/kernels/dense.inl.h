@@ -246,8 +246,6 @@ LC_INLINE void store_gated(bf16* h, int64_t stride, int64_t cols, int64_t row0, 
   }
 }
 
-constexpr int64_t kPartRows = 64;  // most rows for which shares are cut finer than whole work: decoding
-
 // A product by panels that alternate between gate and up, gated into h.
 struct GateUp {
   Panels w;

@@ -489,6 +489,10 @@ void gemm(const Panels& w, int64_t p0, int64_t p1, const Act& a, int64_t m, cons
 }
 
 constexpr int64_t kPanelsAtOnce = 4;
+constexpr int64_t kPartRows = 64;  // most rows for which shares are cut finer than whole work: decoding
+
+// Panels taken `most` at once. Of a prompt's rows, more at once are worth more than an even end.
+LC_INLINE Take take_panels(int64_t most, int64_t rows) { return {most, rows > kPartRows ? 2 : 1}; }
 
 // Panels of a matrix as units that threads share out: as many panels a unit as stay together.
 struct Units {
@@ -516,7 +520,7 @@ void shared_gemm_by(const Ctx& ctx, const Weight& weight, const Act& a, int64_t 
   const int64_t block = cached_rows(a);
   if (m <= block) {
     each_share(
-        ctx, 1, Take{u.most()}, [&](int64_t, int t) { return range(t); },
+        ctx, 1, take_panels(u.most(), m), [&](int64_t, int t) { return range(t); },
         [&](int, int64_t, int64_t begin, int64_t end) {
           const int64_t p0 = u.first(begin), p1 = u.first(end);
           gemm<Isa>(w, p0, p1, w.base + p1 * w.stride, a, m, multiple, sink);

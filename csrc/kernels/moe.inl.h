@@ -118,7 +118,8 @@ struct Grouping {
   int32_t* live;     // [experts] rows of the experts before it
   int32_t* active;   // [min(experts, pairs)] experts that have rows
   int32_t* token;    // [rows] token of a grouped row; -1 in the padding
-  int32_t* place;    // [pairs] grouped row of a (token, choice); -1 for an expert that does not exist
+  int32_t* place;    // [n, top_k] a token's grouped rows in their order; then -1 for experts that do not exist
+  int32_t* before;   // [rows] rows before it that are no padding
   float* weight;     // [rows]
   RowBlock* blocks;  // the rows of all experts in blocks, where tokens are many
   int64_t* cost;     // [blocks + 1] of the blocks before it, for a pair of panels
@@ -139,6 +140,7 @@ struct Grouping {
     active = b.take<int32_t>(tmin(experts, a.n * a.top_k));
     token = b.take<int32_t>(rows);
     place = b.take<int32_t>(a.n * a.top_k);
+    before = b.take<int32_t>(rows);
     weight = b.take<float>(rows);
     blocks = b.take<RowBlock>(most_blocks(a));
     cost = b.take<int64_t>(most_blocks(a) + 1);
@@ -151,10 +153,10 @@ struct Grouping {
     for (int64_t i = 0; i < pairs; ++i)
       if (valid(a.ids[i])) ++count[a.ids[i]];
     first[0] = 0;
-    int32_t before = 0;
+    int32_t so_far = 0;
     for (int64_t e = 0; e < experts; ++e) {
-      live[e] = before;
-      before += count[e];
+      live[e] = so_far;
+      so_far += count[e];
       first[e + 1] = first[e] + round_up(count[e], 16);
       if (count[e] != 0) active[active_count++] = static_cast<int32_t>(e);
       count[e] = 0;
@@ -165,9 +167,17 @@ struct Grouping {
       place[i] = -1;
       if (!valid(id)) continue;
       const int64_t r = first[id] + count[id]++;
-      place[i] = static_cast<int32_t>(r);
       token[r] = static_cast<int32_t>(i / a.top_k);
       weight[r] = a.weights[i];
+    }
+    so_far = 0;
+    for (int64_t r = 0; r < first[experts]; ++r) {
+      before[r] = so_far;
+      if (token[r] < 0) continue;
+      int32_t* to = place + token[r] * a.top_k;
+      while (*to >= 0) ++to;
+      *to = static_cast<int32_t>(r);
+      ++so_far;
     }
     if (most_blocks(a) > 0) cut();
   }
@@ -213,12 +223,12 @@ struct MoePlan {
   int64_t grouping_bytes, x_bytes, h_bytes;
   uint8_t *grouping, *x, *h;
   bf16* gated;  // [rows, intermediate]
-  float* sum;   // [panels of hidden, n, 16]
+  float* sum;   // of a prompt, [panels of hidden, n, 16]
   int64_t n;
   bool single;  // one token: every expert reads the same prepared row
   bf16* shared_gated;
   float* parted;   // of parted_gate_up, the shared expert's rows first; none where pairs share out evenly
-  float* results;  // [n + pairs, hidden] by expert, the shared one first; none where columns share out evenly
+  float* results;  // of parted_down, [n + pairs, hidden] by expert, the shared one first; none for a prompt
   int64_t rows;
 
   MoePlan(Bump& b, const MoeArgs& a, int nt) {
@@ -235,12 +245,12 @@ struct MoePlan {
     gated = b.take<bf16>(rows * gl.rows);
     h_bytes = act_size<Isa>(dl.format, rows, dl.cols);
     h = b.take<uint8_t>(h_bytes);
-    sum = b.take<float>(dl.panels() * a.n * kPanelRows);
     shared_gated = a.shared ? b.take<bf16>(a.n * a.shared_gate_up.layout.rows) : nullptr;
     const int64_t live = a.n * (a.top_k + (a.shared ? 1 : 0));
     const bool few = a.n <= kPartRows;
     parted = few ? b.take<float>(live * nt * 32) : nullptr;
-    results = few && uneven(dl.row_panels(), nt) ? b.take<float>(live * dl.rows) : nullptr;
+    results = few ? b.take<float>(live * dl.rows) : nullptr;
+    sum = few ? nullptr : b.take<float>(dl.panels() * a.n * kPanelRows);
   }
   // A panel's sums of one token: a cache line, and those of all tokens side by side. In rows of `hidden` a
   // thread's few columns would fall on few sets of its cache.
@@ -264,8 +274,9 @@ size_t moe_scratch(const void* p, int nt) {
   return static_cast<size_t>(b.used);
 }
 
-// `down` where its columns do not share out evenly: each product by itself, the columns that a thread owns
-// moving from expert to expert; then the sums, in the order that they always have.
+// `down` of few rows: each product by itself, where columns do not share out evenly those that a thread owns
+// moving from expert to expert; then the sums, in the order that they always have. A few columns of all experts
+// together, as prompts take them, are too much at once for threads that help each other: 1.2 MB at batch 8.
 template <class Isa>
 void parted_down(const Ctx& ctx, const MoeArgs& a, const MoePlan<Isa>& plan, const Grouping& groups, const Act& h,
                  const Act& shared_h) {
@@ -298,19 +309,9 @@ void parted_down(const Ctx& ctx, const MoeArgs& a, const MoePlan<Isa>& plan, con
     const int64_t i = u / panels, col = u % panels * 16;
     const int n = static_cast<int>(tmin<int64_t>(16, top - col));
     vf sum = a.shared ? vload_n(plan.results + i * top + col, n) : vset1(0.0f);
-    // The token's rows in the order in which they are grouped: by expert.
-    for (int64_t row = -1;;) {
-      int64_t next = groups.rows;
-      for (int64_t j = 0; j < a.top_k; ++j) {
-        const int64_t at = groups.place[i * a.top_k + j];
-        if (at > row && at < next) next = at;
-      }
-      if (next == groups.rows) break;
-      row = next;
-      int64_t e = 0;
-      for (int64_t j = 0; j < a.top_k; ++j)
-        if (groups.place[i * a.top_k + j] == row) e = a.ids[i * a.top_k + j];
-      const float* from = plan.results + (others * a.n + groups.live[e] + row - groups.first[e]) * top;
+    for (int64_t j = 0; j < a.top_k && groups.place[i * a.top_k + j] >= 0; ++j) {
+      const int64_t row = groups.place[i * a.top_k + j];
+      const float* from = plan.results + (others * a.n + groups.before[row]) * top;
       sum = vfma(vset1(groups.weight[row]), vload_n(from + col, n), sum);
     }
     vstore_bf16_n(a.out + i * top + col, sum, n);
@@ -345,7 +346,7 @@ void moe(const Ctx& ctx, const void* p) {
       int64_t from = -1;
       for (int64_t j = 0; j < a.top_k; ++j) {
         const int64_t row = groups.place[i * a.top_k + j];
-        if (row < 0) continue;
+        if (row < 0) break;
         if (from < 0) {
           from = row;
           act_prepare_row<Isa>(gl.format, x, row, a.x + i * hidden, hidden);
@@ -400,12 +401,13 @@ void moe(const Ctx& ctx, const void* p) {
       gemm<Isa>(w, p0, p1, next, plan.single ? x : x.from(rows.first), rows.count, 2, sink_of(gate));
     };
     const auto each = [&](int64_t blocks, const auto& block, const auto& own) {
-      each_share(ctx, blocks, Take{pairs.most()}, own, [&](int of, int64_t list, int64_t begin, int64_t end) {
-        const RowBlock rows = block(list);
-        if (end < own(list, of).end || list + 1 == blocks) return gate_up(rows, begin, end, nullptr, 0);
-        const RowBlock then = block(list + 1);
-        gate_up(rows, begin, end, &then, own(list + 1, of).begin);
-      });
+      each_share(ctx, blocks, take_panels(pairs.most(), a.n), own,
+                 [&](int of, int64_t list, int64_t begin, int64_t end) {
+                   const RowBlock rows = block(list);
+                   if (end < own(list, of).end || list + 1 == blocks) return gate_up(rows, begin, end, nullptr, 0);
+                   const RowBlock then = block(list + 1);
+                   gate_up(rows, begin, end, &then, own(list + 1, of).begin);
+                 });
     };
     if (groups.block_count > 0) {
       const BlockShares shares(ctx, groups, pairs.count());
@@ -440,9 +442,8 @@ void moe(const Ctx& ctx, const void* p) {
   // All experts for a few columns, the shared one first, then those columns as bf16.
   const Units columns(dl, a.n, 1);
   const auto own_columns = [&](int64_t, int t) { return owned(columns.count(), t, ctx.nt, 0); };
-  // Of many rows, columns that are computed together read them once.
-  const Take take = a.n > kPartRows ? Take{8, 3} : Take{2 * columns.most()};
-  each_share(ctx, 1, take, own_columns, [&](int, int64_t, int64_t begin, int64_t end) {
+  // Columns that are computed together read the rows once.
+  each_share(ctx, 1, Take{8, 6}, own_columns, [&](int, int64_t, int64_t begin, int64_t end) {
     const int64_t p0 = columns.first(begin), p1 = columns.first(end);
     const auto weights = [&](int64_t list) {
       return list < groups.active_count ? panels_of(a.down, groups.active[list]) : Panels{};

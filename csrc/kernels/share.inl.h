@@ -7,23 +7,20 @@
 
 namespace {
 
-// How many units of its share a thread takes at once: at most `most`, and no more than so many quarters of what is
+// How many units of its share a thread takes at once: at most `most`, and no more than so many eighths of what is
 // left, so that there is something to help with. Units that read the same rows are better taken together.
 struct Take {
-  int64_t most, quarters = 1;
-  int64_t of(int64_t left) const { return tmax<int64_t>(1, tmin(most, left * quarters / 4)); }
+  int64_t most, eighths = 1;
+  int64_t of(int64_t left) const { return tmax<int64_t>(1, tmin(most, left * eighths / 8)); }
 };
 
 // Runs fn(owner, list, begin, end) over every unit of every list. Thread t owns share(list, t) of each and
-// takes it front to back, list by list. Then it helps a few threads of its memory
-// node, so that a thread that the system held up does not hold up all. Who computes a unit never changes its
-// result.
+// takes it front to back, list by list. Then it helps other threads of its memory node, so that a
+// thread that the system held up does not hold up all. Who computes a unit never changes its result.
 template <class Share, class Fn>
 LC_INLINE void each_share(const Ctx& ctx, int64_t lists, Take take, const Share& share, const Fn& fn) {
   Shares::Share* const shares = ctx.open_phase();
-  for (int bit = 0; bit < ctx.node.size(); bit = bit == 0 ? 1 : 2 * bit) {
-    const int of = helped(ctx.node, ctx.tid, bit);
-    if (of < 0) continue;
+  each_helped(ctx.node, ctx.tid, [&](int of) {
     std::atomic<int64_t>& taken = shares[of].taken;
     int64_t total = 0;
     for (int64_t list = 0; list < lists; ++list) total += share(list, of).size();
@@ -41,7 +38,7 @@ LC_INLINE void each_share(const Ctx& ctx, int64_t lists, Take take, const Share&
       fn(of, list, begin, begin + count);
       at = taken.load(std::memory_order_relaxed);
     }
-  }
+  });
 }
 
 }  // namespace

@@ -119,9 +119,7 @@ std::string help_below(std::string root, Desc allowed, int64_t threads) {
   const std::vector<Range> near = node_mates(topology.place(static_cast<int>(threads)));
   std::string out;
   for (int t = 0; t < threads; ++t) {
-    const Range node = near[static_cast<size_t>(t)];
-    for (int bit = 0; bit < node.size(); bit = bit == 0 ? 1 : 2 * bit)
-      if (const int of = helped(node, t, bit); of >= 0) out += std::to_string(of) + " ";
+    each_helped(near[static_cast<size_t>(t)], t, [&](int of) { out += std::to_string(of) + " "; });
     out += "\n";
   }
   return out;

@@ -64,12 +64,17 @@ static constexpr Range owned_among(int64_t n, int64_t first, int64_t total, int6
   return {clip(all.begin), clip(all.end)};
 }
 
-// Whose work thread t takes in round `bit` (0, 1, 2, 4, ...): its own, then that of the threads of its
-// memory node [begin, end) whose number within the node differs from its own in one bit; -1 where there is
-// no such thread. Rows of other nodes would come from far memory.
-static constexpr int helped(Range node, int t, int bit) {
-  const int64_t of = node.begin + ((t - node.begin) ^ bit);
-  return of < node.end ? static_cast<int>(of) : -1;
+// Calls fn(thread) for those whose work thread t takes, in order: its own, then that of the threads of its
+// memory node [begin, end) whose number within the node differs from its own in the last four bits, or in one
+// of the others. So help goes both ways, each helps another one first, and where the node has many threads
+// nobody has to look at all of them. Rows of other nodes would come from far memory.
+template <class Fn>
+static constexpr void each_helped(Range node, int t, const Fn& fn) {
+  constexpr int kNear = 16;
+  for (int64_t differs = 0; differs < 2 * node.size(); differs = differs < kNear ? differs + 1 : 2 * differs) {
+    const int64_t of = node.begin + ((t - node.begin) ^ differs);
+    if (of < node.end) fn(static_cast<int>(of));
+  }
 }
 
 // The thread that owns byte `at` of `bytes` that are `groups` equal pieces, each shared out over all
