@@ -528,12 +528,12 @@ void shared_gemm_by(const Ctx& ctx, const Weight& weight, const Act& a, int64_t 
     return;
   }
   each_share(
-      ctx, ceil_div(m, block), Take{1}, [](int64_t, int) { return Range{0, 1}; },
-      [&](int of, int64_t list, int64_t, int64_t) {
+      ctx, ceil_div(m, block), take_panels(u.count(), m), [&](int64_t, int t) { return range(t); },
+      [&](int of, int64_t list, int64_t begin, int64_t end) {
         const Range r = range(of);
-        const int64_t i0 = list * block;
+        const int64_t i0 = list * block, then = end < r.end ? end : r.begin;
         auto shifted = [&](int64_t m0, int n, int64_t panel, int np, float* c) { sink(i0 + m0, n, panel, np, c); };
-        gemm<Isa>(w, u.first(r.begin), u.first(r.end), w.base + u.first(r.begin) * w.stride, a.from(i0),
+        gemm<Isa>(w, u.first(begin), u.first(end), w.base + u.first(then) * w.stride, a.from(i0),
                   tmin(block, m - i0), multiple, sink_of(shifted));
       });
 }

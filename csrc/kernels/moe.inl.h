@@ -443,7 +443,7 @@ void moe(const Ctx& ctx, const void* p) {
   const Units columns(dl, a.n, 1);
   const auto own_columns = [&](int64_t, int t) { return owned(columns.count(), t, ctx.nt, 0); };
   // Columns that are computed together read the rows once.
-  each_share(ctx, 1, Take{8, 6}, own_columns, [&](int, int64_t, int64_t begin, int64_t end) {
+  each_share(ctx, 1, Take{8, 4}, own_columns, [&](int, int64_t, int64_t begin, int64_t end) {
     const int64_t p0 = columns.first(begin), p1 = columns.first(end);
     const auto weights = [&](int64_t list) {
       return list < groups.active_count ? panels_of(a.down, groups.active[list]) : Panels{};
