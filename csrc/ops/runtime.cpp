@@ -17,7 +17,6 @@ void set_threads(int64_t n) {
   Team::get().resize(static_cast<int>(n));
 }
 int64_t num_threads() { return Team::get().size(); }
-int64_t cores() { return this_topology().threads(); }
 std::string isa_tier() { return tier_name(tier()); }
 void force_isa_tier(std::string name) {
   try {
@@ -84,6 +83,7 @@ double peak_ops(int64_t format, double seconds) {
   if (!is_format(format)) Call("peak_ops", true).fail("fmt", "a packed format in 1..5", std::to_string(format));
   return measure_peak(static_cast<Format>(format), in_seconds("peak_ops", seconds));
 }
+double meeting_seconds(double seconds) { return measure_meeting(in_seconds("meeting_seconds", seconds)); }
 double read_bandwidth(double seconds, int64_t most_bytes) {
   const int64_t least = int64_t{1} << 20;
   if (most_bytes < least)
@@ -95,7 +95,6 @@ double read_bandwidth(double seconds, int64_t most_bytes) {
 STABLE_TORCH_LIBRARY_FRAGMENT(latentcore, m) {
   m.def("set_threads(int n) -> ()");
   m.def("num_threads() -> int");
-  m.def("cores() -> int");
   m.def("isa_tier() -> str");
   m.def("force_isa_tier(str name) -> ()");
   m.def("cpu_features() -> str");
@@ -109,12 +108,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(latentcore, m) {
   m.def("profile_end() -> str");
   m.def("peak_ops(int fmt, float seconds) -> float");
   m.def("last_level_cache() -> int");
+  m.def("meeting_seconds(float seconds) -> float");
   m.def("read_bandwidth(float seconds, int most_bytes) -> float");
 }
 STABLE_TORCH_LIBRARY_IMPL(latentcore, CompositeExplicitAutograd, m) {
   m.impl("set_threads", TORCH_BOX(&set_threads));
   m.impl("num_threads", TORCH_BOX(&num_threads));
-  m.impl("cores", TORCH_BOX(&cores));
   m.impl("isa_tier", TORCH_BOX(&isa_tier));
   m.impl("force_isa_tier", TORCH_BOX(&force_isa_tier));
   m.impl("cpu_features", TORCH_BOX(&cpu_features_text));
@@ -128,6 +127,7 @@ STABLE_TORCH_LIBRARY_IMPL(latentcore, CompositeExplicitAutograd, m) {
   m.impl("profile_end", TORCH_BOX(&profile_end));
   m.impl("peak_ops", TORCH_BOX(&peak_ops));
   m.impl("last_level_cache", TORCH_BOX(&last_level_cache));
+  m.impl("meeting_seconds", TORCH_BOX(&meeting_seconds));
   m.impl("read_bandwidth", TORCH_BOX(&read_bandwidth));
 }
 

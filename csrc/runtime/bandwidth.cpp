@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstdlib>
 #include <fstream>
@@ -84,6 +85,26 @@ void flush_kernel(const Ctx& ctx, const void* p) {
   const uint8_t* mine = a.data + ctx.tid * a.bytes;
   for (int64_t i = 0; i < a.bytes; i += 64) _mm_clflush(mine + i);
   _mm_mfence();
+}
+
+struct MeetingArgs {
+  std::chrono::steady_clock::time_point until;
+  std::atomic<bool>* over;
+  int64_t* rounds;
+};
+void meeting_kernel(const Ctx& ctx, const void* p) {
+  const auto& a = *static_cast<const MeetingArgs*>(p);
+  for (int64_t round = 1;; ++round) {
+    uint64_t x = 1;
+    for (int i = 0; i < 4000; ++i) __asm__ volatile("imul $3, %0, %0" : "+r"(x));
+    ctx.barrier();
+    if (ctx.tid == 0) {
+      *a.rounds = round;
+      a.over->store(std::chrono::steady_clock::now() >= a.until, std::memory_order_relaxed);
+    }
+    ctx.barrier();
+    if (a.over->load(std::memory_order_relaxed)) return;
+  }
 }
 
 }  // namespace
@@ -185,6 +206,20 @@ double measure_peak(Format format, double seconds) {
   }
   std::sort(rates, rates + 5);
   return rates[2];
+}
+
+double measure_meeting(double seconds) {
+  std::atomic<bool> over{false};
+  int64_t rounds = 0;
+  const auto start = std::chrono::steady_clock::now();
+  const auto length = std::chrono::duration_cast<std::chrono::steady_clock::duration>(
+      std::chrono::duration<double>(seconds));
+  const MeetingArgs args{start + length, &over, &rounds};
+  const Kernel meeting{"meeting", meeting_kernel, nothing};
+  const Node node{&meeting, &args};
+  Team::get().run(&node, 1);
+  const double took = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return took / static_cast<double>(rounds);
 }
 
 }  // namespace lc

@@ -1422,7 +1422,6 @@ _NOTHING: Sequence[Mapping[str, Any]] = ({},)
 PLAIN_SAMPLES: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "set_threads": ({"n": 1}, {"n": 3}),
     "num_threads": _NOTHING,
-    "cores": _NOTHING,
     "topology": _NOTHING,
     "topology_below": ({"root": "", "allowed": [0]}, {"root": "/nowhere", "allowed": [3, 5]}),
     "help_below": ({"root": "/nowhere", "allowed": [3, 5], "threads": 2},),
@@ -1446,6 +1445,7 @@ PLAIN_SAMPLES: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "profile_end": _NOTHING,
     "peak_ops": ({"fmt": int(Format.BF16), "seconds": 0.001},),
     "last_level_cache": _NOTHING,
-    "read_bandwidth": ({"seconds": 0.001},),
+    "meeting_seconds": ({"seconds": 0.001},),
+    "read_bandwidth": ({"seconds": 0.001, "most_bytes": 1 << 24},),
 }
 """Arguments of the ops without tensors."""

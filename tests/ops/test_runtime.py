@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from latentcore.errors import UserError
-from latentcore.ops import dense, runtime
+from latentcore.ops import control, dense, runtime
 from latentcore.quant.packed import Format
 from tests.ops import reference, samples
 from tests.ops.reference import BF16
@@ -299,6 +299,59 @@ print(runtime.default_threads())
 """
     shown = python(script)
     assert shown.stdout == "1\n", shown.stderr
+
+
+def test_threads_meet() -> None:
+    for threads in (1, 2):
+        runtime.set_threads(threads)
+        assert 1e-7 < control.meeting_seconds(0.001) < 1
+    with pytest.raises(RuntimeError, match="seconds"):
+        control.meeting_seconds(0)
+
+
+@pytest.mark.parametrize(
+    ("cores", "together", "expected"),
+    [(64, 64, 64), (64, 55, 48), (64, 16, 16), (64, 15, 64), (9, 8, 7), (8, 2, 2), (1, 1, 1)],
+)
+def test_as_many_threads_as_run_at_the_same_time(
+    cores: int, together: int, expected: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[int] = []
+
+    def meeting(threads: int) -> float:
+        asked.append(threads)
+        busy = len(asked) == 1  # a moment that passes
+        return 6e-3 if busy or threads > together else 3e-5
+
+    assert runtime.threads_that_meet(cores, meeting) == expected
+    assert bool(caplog.records) == (expected < cores)
+    if expected < cores:
+        assert f"{cores} threads do not run at the same time" in caplog.text
+        assert f"using {expected} " in caplog.text
+
+
+def test_the_default_is_measured_once_and_not_beside_a_team(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = runtime.Topology((runtime.Core(0, 0, 0),) * 16, None, 16, 16)
+    monkeypatch.setattr(runtime, "topology", lambda: here)
+    monkeypatch.setattr(runtime, "_found_threads", {})
+    asked: list[int] = []
+
+    def meeting(threads: int) -> float:
+        runtime.set_threads(2)
+        asked.append(threads)
+        return 6e-3 if threads > 12 else 3e-5
+
+    monkeypatch.setattr(runtime, "_meeting_of", meeting)
+    runtime.set_threads(2)
+    assert runtime.default_threads() == 16
+    runtime.set_threads(1)
+    assert runtime.default_threads() == 12
+    assert runtime.num_threads() == 1
+    runtime.set_threads(2)
+    assert runtime.default_threads() == 12
+    assert asked == [16, 16, 16, 14, 14, 14, 12]
 
 
 def test_a_forked_child_starts_with_one_thread() -> None:

@@ -196,7 +196,7 @@ def test_oversubscription_is_told(tmp_path: Path) -> None:
 
 def test_this_machine() -> None:
     found = runtime.topology()
-    assert found.threads == runtime.default_threads()
+    assert 1 <= runtime.default_threads() <= found.threads
     assert 1 <= len(found.cores) <= found.logical
 
 

@@ -184,7 +184,7 @@ class ModelRunner:
         data is no good.
         """
         topology = runtime.topology()
-        threads = engine_config.threads or topology.threads
+        threads = engine_config.threads or runtime.default_threads()
         told = topology.oversubscribed(threads)
         if told is not None:
             logger.warning("%s", told)

@@ -7,7 +7,6 @@ from latentcore.ops.native import op
 
 _set_threads = op("set_threads")
 _num_threads = op("num_threads")
-_cores = op("cores")
 _topology = op("topology")
 _topology_below = op("topology_below")
 _help_below = op("help_below")
@@ -28,6 +27,7 @@ _profile_begin = op("profile_begin")
 _profile_end = op("profile_end")
 _peak_ops = op("peak_ops")
 _last_level_cache = op("last_level_cache")
+_meeting_seconds = op("meeting_seconds")
 _read_bandwidth = op("read_bandwidth")
 
 
@@ -39,11 +39,6 @@ def set_threads(n: int) -> None:
 def num_threads() -> int:
     """Threads of the team."""
     return _num_threads()  # type: ignore[no-any-return]
-
-
-def cores() -> int:
-    """Physical cores within the affinity mask and the cgroup's quota."""
-    return _cores()  # type: ignore[no-any-return]
 
 
 def topology() -> str:
@@ -144,6 +139,11 @@ def peak_ops(fmt: int, seconds: float) -> float:
 def last_level_cache() -> int:
     """Bytes of all last-level caches; 0 where the system does not say."""
     return _last_level_cache()  # type: ignore[no-any-return]
+
+
+def meeting_seconds(seconds: float) -> float:
+    """How long the team's threads take to meet, measured for about `seconds` (at most 60)."""
+    return _meeting_seconds(seconds)  # type: ignore[no-any-return]
 
 
 def read_bandwidth(seconds: float, most_bytes: int) -> float:

@@ -1,7 +1,8 @@
 """Threads, instruction set, captured graphs, measurements."""
 
 import json
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,16 @@ from pathlib import Path
 from latentcore.errors import UnsupportedCpuError, UserError
 from latentcore.ops import control
 from latentcore.quant.packed import Format
+
+logger = logging.getLogger(__name__)
+
+_MEETING_SECONDS = 0.02
+_SLOW_MEETING = 3e-4
+"""Seconds that threads take to meet from which on they are taken not to run at the same time: ten
+times what 48 threads take, a twentieth of what was seen where they did not."""
+
+_FEW_THREADS = 8
+"""Fewer are not measured: another program that is busy for a moment would weigh too much."""
 
 
 def isa_tier() -> str:
@@ -46,8 +57,53 @@ def cpu_features() -> frozenset[str]:
 
 
 def default_threads() -> int:
-    """Physical cores within the affinity mask and the cgroup's quota."""
-    return control.cores()
+    """Physical cores within the affinity mask and the cgroup's quota; fewer where they do not run
+    at the same time.
+
+    The host of a virtual machine may have fewer processors than its guests believe in. It then
+    takes some away for milliseconds, for which all threads wait at the next barrier, thousands of
+    times a second. Eight threads or more are measured, the first time that this is asked while no
+    other team is at work: within a millisecond or two where all is well. A number that is less
+    than the cores is logged.
+    """
+    here = topology()
+    if here not in _found_threads and here.threads >= _FEW_THREADS and num_threads() == 1:
+        try:
+            _found_threads[here] = threads_that_meet(here.threads, _meeting_of)
+        finally:
+            set_threads(1)
+    return _found_threads.get(here, here.threads)
+
+
+def threads_that_meet(most: int, meeting: Callable[[int], float]) -> int:
+    """The largest number, in eighths of `most` down to a quarter, whose threads run at the same
+    time: `meeting(threads)` measures how long they take to meet. `most` where no number does."""
+    slow = 0.0
+    for eighths in range(8, 1, -1):
+        threads = most * eighths // 8
+        for _ in range(3):  # a busy moment is no reason
+            seconds = meeting(threads)
+            if seconds < _SLOW_MEETING:
+                break
+        else:
+            slow = slow or seconds
+            continue
+        if threads < most:
+            logger.warning(
+                "%d threads do not run at the same time here, but take %.1f ms to meet: the host "
+                "of this machine has fewer processors free, or other programs are busy; using "
+                "%d (--threads chooses)",
+                most,
+                slow * 1e3,
+                threads,
+            )
+        return threads
+    return most
+
+
+def _meeting_of(threads: int) -> float:
+    set_threads(threads)
+    return control.meeting_seconds(_MEETING_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -101,6 +157,9 @@ class Topology:
             f"{threads} threads on {self.line()}: they wait for each other; "
             f"{self.threads} is the fastest"
         )
+
+
+_found_threads: dict[Topology, int] = {}
 
 
 def topology() -> Topology:
