@@ -20,7 +20,7 @@ _FORMAT = 4
 def machine_read_bandwidth() -> float:
     """Bytes a second that the team of threads, as it is set now, reads from memory.
 
-    Measured in about half a second, then kept in the cache folder for this kind of
+    Measured in about a second, then kept in the cache folder for this kind of
     processor, set of cores and number of threads. A cache folder that cannot be written is no
     error; the next call measures again.
     """
