@@ -447,6 +447,7 @@ WRONG_PLAIN: Mapping[str, Sequence[object]] = {
     "desc": ([], [1, 1, 1, 1], [1] * 6, [0, 1, 1, 1, 1], [6, 1, 1, 1, 1], [1, 1, 3, 1, 1]),
     "handle": (0, -1, 2**62),
     "fmt": (0, 6, -1, 2**40),
+    "most_bytes": (0, -1, 2**20 - 1),
     "seconds": (0.0, -1.0, math.nan, math.inf, 61.0),
 }
 PLAIN_SITES = [(op, name) for op, samples_of in PLAIN_SAMPLES.items() for name in samples_of[0]]
