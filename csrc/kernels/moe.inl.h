@@ -119,7 +119,7 @@ struct Grouping {
   int32_t* active;   // [min(experts, pairs)] experts that have rows
   int32_t* token;    // [rows] token of a grouped row; -1 in the padding
   int32_t* place;    // [n, top_k] a token's grouped rows in their order; then -1 for experts that do not exist
-  int32_t* before;   // [rows] rows before it that are no padding
+  int32_t* before;   // [rows] of a row that is no padding: such rows before it
   float* weight;     // [rows]
   RowBlock* blocks;  // the rows of all experts in blocks, where tokens are many
   int64_t* cost;     // [blocks + 1] of the blocks before it, for a pair of panels
@@ -166,18 +166,16 @@ struct Grouping {
       const int32_t id = a.ids[i];
       place[i] = -1;
       if (!valid(id)) continue;
-      const int64_t r = first[id] + count[id]++;
+      const int64_t r = first[id] + count[id];
+      before[r] = live[id] + count[id]++;
       token[r] = static_cast<int32_t>(i / a.top_k);
       weight[r] = a.weights[i];
     }
-    so_far = 0;
     for (int64_t r = 0; r < first[experts]; ++r) {
-      before[r] = so_far;
       if (token[r] < 0) continue;
       int32_t* to = place + token[r] * a.top_k;
       while (*to >= 0) ++to;
       *to = static_cast<int32_t>(r);
-      ++so_far;
     }
     if (most_blocks(a) > 0) cut();
   }

@@ -21,17 +21,17 @@
 namespace lc {
 namespace {
 
-// A buffer read again and again is found in part in the last-level cache, whose replacement is not by age: of
-// twice the cache's size a third or more. Of eight times, an eighth at most.
+// A buffer read again and again is found in part in the last-level cache, whose replacement is not by age: 0.6 GiB
+// were read up to 18 % faster than 8 GiB beside a cache of 300 MiB. Of eight times its size it holds an eighth.
 constexpr int64_t kCaches = 8, kLeastBytes = 512 << 20, kMostBytes = int64_t{4} << 30;
 constexpr int kFastest = 4, kRounds = 3, kMostRounds = 15;
 
 struct ReadArgs {
   const uint8_t* data;
-  int64_t bytes;    // a thread's share: a multiple of streams * 64
+  int64_t bytes;  // a thread's share: a multiple of streams * 64
   int streams;
-  int64_t ahead;    // prefetch distance, bytes; into the second-level cache where negative
-  uint64_t* sums;   // one line a thread, so that nothing is optimized away
+  int64_t ahead;  // prefetch distance, bytes; into the second-level cache where negative
+  uint64_t* sums;  // one line a thread, so that nothing is optimized away
 };
 
 template <int Streams, _mm_hint Into>

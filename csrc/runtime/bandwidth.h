@@ -21,7 +21,7 @@ double measure_read_bandwidth(double seconds, int64_t most_bytes);
 double measure_peak(Format format, double seconds);
 
 // How long the threads of the team take to meet, seconds: the mean over rounds, in about `seconds`, of a
-// few microseconds of work and a barrier. Milliseconds where they cannot all run at the same time.
+// few microseconds of work and two barriers. Milliseconds where they cannot all run at the same time.
 double measure_meeting(double seconds);
 
 }  // namespace lc

@@ -662,7 +662,7 @@ class EngineConfig:
     """How to run a model: the user's choices. None means that the engine chooses.
 
     quantization            one of QUANTIZATIONS
-    threads                 worker threads; default: the physical cores that may be used
+    threads                 worker threads; default: the physical cores that run at the same time
     max_model_len           longest prompt + output of one sequence, in tokens
     max_num_seqs            sequences in one step
     max_num_batched_tokens  tokens computed in one step

@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 
 _MEETING_SECONDS = 0.02
 _SLOW_MEETING = 3e-4
-"""Seconds that threads take to meet from which on they are taken not to run at the same time: ten
-times what 48 threads take, a twentieth of what was seen where they did not."""
+"""Seconds that threads take to meet from which on they are taken not to run at the same time: four
+times what 48 threads took on the average, a twentieth of what was seen where 64 did not."""
 
 _FEW_THREADS = 8
 """Fewer are not measured: another program that is busy for a moment would weigh too much."""
@@ -63,8 +63,8 @@ def default_threads() -> int:
     The host of a virtual machine may have fewer processors than its guests believe in. It then
     takes some away for milliseconds, for which all threads wait at the next barrier, thousands of
     times a second. Eight threads or more are measured, the first time that this is asked while no
-    other team is at work: within a millisecond or two where all is well. A number that is less
-    than the cores is logged.
+    other team is at work: in 20 ms where all is well. A number that is less than the cores is
+    logged.
     """
     here = topology()
     if here not in _found_threads and here.threads >= _FEW_THREADS and num_threads() == 1:
@@ -235,7 +235,7 @@ def read_bandwidth(seconds: float, most_bytes: int) -> float:
     The memory that is read is eight times the last-level caches, 512 MiB at least and 4 GiB at
     most, but never more than `most_bytes` (1 MiB or more); where that is less than eight times the
     caches, they are emptied of it before each pass. (Of twice its size a last-level cache still
-    holds a third or more, since it does not replace by age.)
+    holds a part, since it does not replace by age.)
     """
     return control.read_bandwidth(seconds, most_bytes)
 
