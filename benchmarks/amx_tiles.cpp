@@ -30,8 +30,8 @@ constexpr int64_t kTile = 1024;                            // bytes
 constexpr int64_t kRows = 256, kK = 2048, kPanels = 12;    // of one matrix: 256 x 2048 by 2048 x 192
 constexpr int64_t kStride = kK * 16 + 128;                 // of a panel
 constexpr int64_t kMatrices = 40, kRounds = 9;
-constexpr double kOps = 2.0 * kRows * kK * kPanels * 16 * kMatrices;  // of a case, a thread
-constexpr int64_t kSteps = kRows / 32 * (kPanels / 2) * (kK / 64);    // of four products, a matrix
+constexpr int64_t kSteps = kRows / 32 * (kPanels / 2) * (kK / 64);  // of four products, a matrix of kRows
+constexpr double kOps = 2.0 * 32 * 32 * 64;                           // of a step
 
 struct Data {
   const uint8_t* rows;     // activations: tiles of [16][64], K within 16 rows
@@ -85,21 +85,53 @@ void loads(const Data& d) {
     }
   }
 }
-inline __attribute__((always_inline)) void fetch_lines(const uint8_t* p, int64_t lines) {
+// Vector loads of as many bytes beside the products, whose tiles stay.
+template <int64_t Each>
+void vector_loads(const Data& d) {
+  ZERO_SUMS;
+  constexpr bool Paced = false;
+  LOADS(d.rows, d.rows + kTile, d.weights, d.weights + kTile);
+  const auto tile = [](const uint8_t* p) {
+    for (int64_t l = 0; l < 16; ++l) {
+      __m512i line;
+      __asm__ volatile("vmovdqa64 %1, %0" : "=v"(line) : "m"(*reinterpret_cast<const __m512i*>(p + l * 64)));
+    }
+  };
+  for (int64_t s = 0, at = 0; s < kMatrices * kSteps; ++s, at = (at + 2 * kTile) % Each) {
+    DOT(0, 4, 6);
+    tile(d.rows + at);
+    DOT(1, 4, 7);
+    tile(d.rows + at + kTile);
+    DOT(2, 5, 6);
+    tile(d.weights + at);
+    DOT(3, 5, 7);
+    tile(d.weights + at + kTile);
+  }
+}
+inline __attribute__((always_inline)) void hint_lines(const uint8_t* p, int64_t lines) {
   for (int64_t l = 0; l < lines; ++l) _mm_prefetch(p + l * 64, _MM_HINT_T0);
 }
-// The loop of a product: two panels of `Chunk` tiles stay while 256 rows pass; rows and the next weights are
-// fetched ahead, in a burst before each step or, paced, a few lines behind every tile instruction.
-template <bool Paced, int64_t Chunk>
+inline __attribute__((always_inline)) void touch_lines(const uint8_t* p, int64_t lines) {
+  for (int64_t l = 0; l < lines; ++l) {
+    uint64_t line;
+    __asm__ volatile("movq %1, %0" : "=r"(line) : "m"(*reinterpret_cast<const uint64_t*>(p + l * 64)));
+  }
+}
+enum class Ahead { kHints, kTouches };
+// The loop of a product: two panels of `Chunk` tiles stay while `Rows` rows pass. Two steps ahead, rows are
+// fetched by hints, or rows and weights are loaded; weights that come after are fetched into the second-level
+// cache. All this in a burst before each step or, paced, a few lines behind every tile instruction.
+template <bool Paced, Ahead How, int64_t Chunk, int64_t Rows>
 void matrix(const Data& d) {
   constexpr int64_t kTiles = kK / 64, kAhead = 2, kLine = 32 * 4;
+  constexpr int64_t kFetched = 16 * 32 / Rows;  // lines of each panel, a step
   for (int64_t m = 0; m < kMatrices; ++m)
     for (int64_t p = 0; p < kPanels; p += 2) {
       const uint8_t* panel = d.weights + (m * kPanels + p) * kStride;
       for (int64_t t = 0; t < kTiles; t += Chunk) {
         const uint8_t *b0 = panel + t * kTile, *b1 = b0 + kStride;
         const uint8_t* fetch = t + Chunk < kTiles ? b0 + Chunk * kTile : panel + 2 * kStride;
-        for (int64_t i = 0; i < kRows; i += 32) {
+        for (int64_t i = 0; i < Rows; i += 32) {
           float* sums = d.sums + i * 32;
           if (t == 0) {
             ZERO_SUMS;
@@ -114,17 +146,24 @@ void matrix(const Data& d) {
           for (int64_t s = 0; s < Chunk; ++s) {
             const int64_t k = s + kAhead;
             const uint8_t* soon = a0 + (k < Chunk ? k * kTile : 32 * kK + (k - Chunk) * kTile);
-            const auto between = [&](int part) {
-              if constexpr (!Paced) return;
-              fetch_lines(soon + (part < 4 ? 0 : 16 * kK) + part % 4 * 256, 4);
-              if (part % 4 == 1) fetch_lines(fetch + part / 4 * kStride, 2);
+            const uint8_t* weights = b0 + k % Chunk * kTile;
+            const auto part_of = [&](int part, int64_t lines) {
+              const int64_t at = part % 4 * 256;
+              if (How == Ahead::kHints) {
+                hint_lines(soon + part / 4 * 16 * kK + at, lines);
+              } else {
+                touch_lines(soon + part / 4 * 16 * kK + at, lines);
+                touch_lines(weights + part / 4 * kStride + at, lines);
+              }
+              if (part % 4 == 1)
+                for (int64_t l = 0; l < kFetched; ++l)
+                  _mm_prefetch(fetch + part / 4 * kStride + l * 64, _MM_HINT_T1);
             };
-            if constexpr (!Paced) {
-              fetch_lines(soon, 16);
-              fetch_lines(soon + 16 * kK, 16);
-              fetch_lines(fetch, 2);
-              fetch_lines(fetch + kStride, 2);
-            }
+            const auto between = [&](int part) {
+              if constexpr (Paced) part_of(part, 4);
+            };
+            if constexpr (!Paced)
+              for (int part = 0; part < 8; ++part) part_of(part, 4);
             LOAD(4, a0 + s * kTile);
             between(0);
             LOAD(6, b0 + s * kTile);
@@ -141,7 +180,7 @@ void matrix(const Data& d) {
             between(6);
             DOT(3, 5, 7);
             between(7);
-            fetch += 2 * 64;
+            fetch += kFetched * 64;
           }
           _tile_stored(0, sums, kLine);
           _tile_stored(1, sums + 16, kLine);
@@ -186,6 +225,8 @@ uint8_t* random_bytes(size_t bytes, uint64_t seed) {
 struct Case {
   const char* name;
   void (*run)(const Data&);
+  int64_t rows = kRows;
+  double steps() const { return static_cast<double>(kMatrices * kSteps * rows / kRows); }
 };
 constexpr Case kCases[] = {
     {"products, random tiles in registers, paced", products<true>},
@@ -195,10 +236,15 @@ constexpr Case kCases[] = {
     {"loads and products, first-level, not paced", loads<false, true, 8192>},
     {"loads and products, first-level", loads<true, true, 8192>},
     {"loads and products, second-level", loads<true, true, 65536>},
-    {"matrix, chunks of 32 tiles, not paced", matrix<false, 32>},
-    {"matrix, chunks of 32 tiles", matrix<true, 32>},
-    {"matrix, chunks of 16 tiles", matrix<true, 16>},
-    {"matrix, chunks of 8 tiles", matrix<true, 8>},
+    {"vector loads and products, first-level", vector_loads<8192>},
+    {"vector loads and products, second-level", vector_loads<65536>},
+    {"256 rows, hints, not paced", matrix<false, Ahead::kHints, 32, 256>},
+    {"256 rows, hints", matrix<true, Ahead::kHints, 32, 256>},
+    {"256 rows, touched", matrix<true, Ahead::kTouches, 32, 256>},
+    {"256 rows, touched, chunks of 16 tiles", matrix<true, Ahead::kTouches, 16, 256>},
+    {"256 rows, touched, chunks of 8 tiles", matrix<true, Ahead::kTouches, 8, 256>},
+    {"64 rows, hints", matrix<true, Ahead::kHints, 32, 64>, 64},
+    {"64 rows, touched", matrix<true, Ahead::kTouches, 32, 64>, 64},
 };
 constexpr int kCount = sizeof kCases / sizeof kCases[0];
 
@@ -255,10 +301,12 @@ int main(int argc, char** argv) {
   ++turn;
   for (auto& t : others) t.join();
   std::printf("%d threads\n", threads);
-  for (auto& s : seconds) std::sort(s.begin(), s.end());
+  double times[kCount];  // of a step
+  for (int c = 0; c < kCount; ++c) {
+    std::sort(seconds[c].begin(), seconds[c].end());
+    times[c] = seconds[c][kRounds / 2] / kCases[c].steps();
+  }
   for (int c = 0; c < kCount; ++c)
-    std::printf("%-44s %6.2f Top/s  %6.1f ns a step  %.2f\n", kCases[c].name,
-                kOps * threads / seconds[c][kRounds / 2] / 1e12,
-                seconds[c][kRounds / 2] * 1e9 / (kMatrices * kSteps),
-                seconds[0][kRounds / 2] / seconds[c][kRounds / 2]);
+    std::printf("%-44s %6.2f Top/s  %6.1f ns a step  %.2f\n", kCases[c].name, kOps * threads / times[c] / 1e12,
+                times[c] * 1e9, times[0] / times[c]);
 }

@@ -20,14 +20,86 @@ LC_INLINE void pace() {
     _tile_loadd(T, (P), STRIDE); \
     pace();                      \
   } while (0)
-#define LC_DOT(C, A, B)              \
+#define LC_PRODUCT(C, A, B)          \
   do {                               \
     if constexpr (F == Format::INT8) \
       _tile_dpbusd(C, A, B);         \
     else                             \
       _tile_dpbf16ps(C, A, B);       \
-    pace();                          \
   } while (0)
+#define LC_DOT(C, A, B)  \
+  do {                   \
+    LC_PRODUCT(C, A, B); \
+    pace();              \
+  } while (0)
+
+// Reads a line to have it in the first-level cache, as a load and not a hint: two hyperthreads of a core that
+// multiply tiles lose much of their time to tile loads that miss it, and hints, of which the core drops some, do
+// not cure that (benchmarks/amx_tiles.cpp).
+LC_INLINE void touch(const uint8_t* p) {
+  uint64_t line;
+  __asm__ volatile("movq %1, %0" : "=r"(line) : "m"(*reinterpret_cast<const uint64_t*>(p)));
+}
+
+// Operands of four products: tiles of two groups of 16 rows, and of two panels.
+struct Operands {
+  const uint8_t *a0, *a1, *b0, *b1;
+};
+constexpr int64_t kTouchAhead = 2;  // steps
+
+// A step of such products. Behind each tile instruction stand an eighth of the touches of the operands of a later
+// step, `soon`, and more(part). Rows of activations lie `stride` bytes apart.
+template <Format F, bool TouchWeights, class Stride, class More>
+__attribute__((always_inline)) inline void tile_step(const Operands& now, const Operands& soon, Stride stride,
+                                                     const More& more) {
+  const auto between = [&]<int Part>(std::integral_constant<int, Part>) __attribute__((always_inline)) {
+    const uint8_t *a = Part < 4 ? soon.a0 : soon.a1, *b = Part < 4 ? soon.b0 : soon.b1;
+    LC_UNROLL
+    for (int l = Part % 4 * 4; l < Part % 4 * 4 + 4; ++l) {
+      touch(a + l * stride);
+      if constexpr (TouchWeights) touch(b + l * 64);
+    }
+    __asm__ volatile("nop; nop; nop; nop" : : : "memory");
+    more(Part);
+  };
+  using std::integral_constant;
+  _tile_loadd(4, now.a0, stride);
+  between(integral_constant<int, 0>{});
+  _tile_loadd(6, now.b0, 64);
+  between(integral_constant<int, 1>{});
+  _tile_loadd(5, now.a1, stride);
+  between(integral_constant<int, 2>{});
+  _tile_loadd(7, now.b1, 64);
+  between(integral_constant<int, 3>{});
+  LC_PRODUCT(0, 4, 6);
+  between(integral_constant<int, 4>{});
+  LC_PRODUCT(1, 4, 7);
+  between(integral_constant<int, 5>{});
+  LC_PRODUCT(2, 5, 6);
+  between(integral_constant<int, 6>{});
+  LC_PRODUCT(3, 5, 7);
+  between(integral_constant<int, 7>{});
+}
+
+// `n` steps from `now` on, whose operands lie one tile behind the other (of activations, `a_step` bytes apart);
+// then those at `then` will be multiplied, of which there are `then_n` at least.
+template <Format F, bool TouchWeights, class Stride, class Step, class More>
+__attribute__((always_inline)) inline void tile_steps(Operands now, const Operands& then, int64_t n,
+                                                      int64_t then_n, Stride stride, Step a_step,
+                                                      const More& more) {
+  const auto behind = [&](const Operands& o, int64_t steps) __attribute__((always_inline)) {
+    return Operands{o.a0 + steps * a_step, o.a1 + steps * a_step, o.b0 + steps * 1024, o.b1 + steps * 1024};
+  };
+  int64_t j = 0;
+  for (; j + kTouchAhead < n; ++j) {
+    tile_step<F, TouchWeights>(now, behind(now, kTouchAhead), stride, more);
+    now = behind(now, 1);
+  }
+  for (int64_t k = 0; j < n; ++j, ++k) {
+    tile_step<F, TouchWeights>(now, behind(then, k < then_n ? k : 0), stride, more);
+    now = behind(now, 1);
+  }
+}
 
 // The sums of two groups of 16 rows by two panels, tiles 0..3, and where they lie: of the second panel `panel`
 // floats, of the second group `group` floats further. Groups and panels that do not exist are left out.
@@ -164,7 +236,6 @@ void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next
   constexpr int64_t kRows = 256, kHalf = kRows / 2;
   constexpr int64_t kTileBytes = 1024, kStride = kTileCols * 4;
   constexpr int64_t kChunk = byte_coded(F) ? kFp8Block / 32 : 32;
-  constexpr int64_t kAhead = 2;  // tiles of activations that are fetched before they are used
   constexpr int64_t kLines = byte_coded(F) ? 8 : 16;  // lines of weights in memory for a tile
   alignas(64) float total[kHalf * kTileCols];
   const auto total_of = [&total](int64_t i) { return total + i % kHalf * kTileCols + i / kHalf * 32; };
@@ -184,7 +255,7 @@ void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next
         int64_t b_stride = w.stride;
         // The weights of the next chunk, a few lines at each step of this one.
         const uint8_t* fetch = t + n < tiles ? panel + (t + n) * kLines * 64 : then;
-        const int64_t lines = ceil_div(kLines, ceil_div(mi, 32));
+        const int64_t lines = ceil_div(kLines, ceil_div(mi, 32)), fetch_second = w.stride;
         if constexpr (byte_coded(F)) {
           widen_panels<Amx, F>(w, panel, np, t * 8, n * 8, {w.lines, 0}, wide, kWideStride);
           b = wide;
@@ -202,35 +273,25 @@ void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next
           const uint8_t* a0 = a.row(i0 + i) + t * a.block_stride;
           const uint8_t* a1 = a0 + a.group_stride;
           if (two && np > 1) {
-            for (int64_t j = 0; j < n; ++j) {
-              // Behind the chunk follows the same chunk of the next 32 rows.
-              const int64_t k = j + kAhead;
-              const uint8_t* soon = a0 + (k < n ? k : k - n) * a.block_stride + (k < n ? 0 : 2 * a.group_stride);
-              // Behind a tile instruction: an eighth of what is fetched.
-              const auto between = [&](int part) {
-                const uint8_t* tile = part < 4 ? soon : soon + a.group_stride;
-                for (int l = 0; l < 4; ++l) vprefetch(tile + (part % 4 * 4 + l) * a.row_stride);
-                if (part % 4 == 1)
-                  for (int64_t l = 0; l < lines; ++l) vprefetch_l2(fetch + part / 4 * w.stride + l * 64);
-              };
-              LC_LOAD(4, a0 + j * a.block_stride, a.row_stride);
-              between(0);
-              LC_LOAD(6, b + j * kTileBytes, 64);
-              between(1);
-              LC_LOAD(5, a1 + j * a.block_stride, a.row_stride);
-              between(2);
-              LC_LOAD(7, b + b_stride + j * kTileBytes, 64);
-              between(3);
-              LC_DOT(0, 4, 6);
-              between(4);
-              LC_DOT(1, 4, 7);
-              between(5);
-              LC_DOT(2, 5, 6);
-              between(6);
-              LC_DOT(3, 5, 7);
-              between(7);
-              fetch += lines * 64;
-            }
+            // Behind the chunk follow the same chunk of the next 32 rows or, behind the last, the first of the
+            // next.
+            const bool last = i + 48 >= mi;
+            const int64_t t_then = !last ? t : t + n < tiles ? t + n : 0;
+            const uint8_t* a_then = a.row(last ? i0 : i0 + i + 32) + t_then * kTileBytes;
+            const uint8_t* b_then = b;
+            if (!byte_coded(F) && last && t + n < tiles) b_then = b + n * kTileBytes;
+            if (!byte_coded(F) && last && t + n == tiles && p + 4 <= p1) b_then = panel + 2 * w.stride;
+            const int64_t then_n = b_then == b ? tmin(n, tiles - t_then) : tiles - t_then;
+            const auto more = [&](int part) __attribute__((always_inline)) {
+              if (part != 2) return;
+              for (const uint8_t* end = fetch + lines * 64; fetch < end; fetch += 64) {
+                vprefetch_l2(fetch);
+                vprefetch_l2(fetch + fetch_second);
+              }
+            };
+            tile_steps<F, !byte_coded(F)>(
+                {a0, a1, b, b + b_stride}, {a_then, a_then + a.group_stride, b_then, b_then + b_stride}, n, then_n,
+                std::integral_constant<int64_t, 64>{}, std::integral_constant<int64_t, 1024>{}, more);
           } else {
             for (int64_t j = 0; j < n; ++j) {
               for (int64_t l = 0; l < lines; ++l)
@@ -280,16 +341,17 @@ void Amx::plain_product(const Panels& w, int64_t panels, const Act& a, int64_t m
       else
         four.zero();
       if (two && both) {
-        for (int64_t t = 0; t < tiles; ++t) {
-          LC_LOAD(4, a0 + t * a.block_stride, a.row_stride);
-          LC_LOAD(6, b0 + t * kTileBytes, 64);
-          LC_LOAD(5, a1 + t * a.block_stride, a.row_stride);
-          LC_LOAD(7, b1 + t * kTileBytes, 64);
-          LC_DOT(0, 4, 6);
-          LC_DOT(1, 4, 7);
-          LC_DOT(2, 5, 6);
-          LC_DOT(3, 5, 7);
-        }
+        const bool last = i + 64 > m;
+        const uint8_t* a_then = last ? a.base : a.row(i + 32);
+        const uint8_t* b_then = last && p + 4 <= panels ? b0 + 2 * w.stride : b0;
+        const int64_t group = a.group_stride;
+        const Operands now{a0, a1, b0, b1}, then{a_then, a_then + group, b_then, b_then + w.stride};
+        const auto more = [](int) {};
+        if (a.row_stride == 64)
+          tile_steps<F, true>(now, then, tiles, tiles, std::integral_constant<int64_t, 64>{},
+                              std::integral_constant<int64_t, 1024>{}, more);
+        else
+          tile_steps<F, true>(now, then, tiles, tiles, a.row_stride, a.block_stride, more);
       } else {
         for (int64_t t = 0; t < tiles; ++t)
           four.add_some<F>(a0 + t * a.block_stride, a1 + t * a.block_stride, a.row_stride, b0 + t * kTileBytes,
