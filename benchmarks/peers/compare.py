@@ -7,10 +7,13 @@
 
 PEERS is the folder that install.py filled; convert.py makes the .gguf files. A round measures the
 read bandwidth and then each case, first with one engine and then with the other; rates are medians
-over rounds, and so are the ratios of the two measurements that followed each other. The table is
-Markdown. With --json, rounds are kept as they are measured, and another run of the same comparison
-adds to them. With --hold, a round begins when a line comes on standard input: so that a machine
-that others use can be emptied for one round at a time.
+over rounds, and so are the ratios of the two measurements that followed each other. The last row is
+how long both took from the start of their process to the first token: latentcore's second start
+counts, which finds its packed weights (unless LATENTCORE_CACHE_LIMIT is 0). The table is Markdown.
+
+With --json, rounds are kept as they are measured, and another run of the same comparison adds to
+them. With --hold, a round begins when a line comes on standard input: so that a machine that others
+use can be emptied for one round at a time.
 """
 
 import argparse
@@ -65,6 +68,9 @@ CASES = (
 class Contestant(ABC):
     """An engine that can be measured."""
 
+    start: float | None = None
+    """Seconds from the start of its process to its first token, if it is started once for all."""
+
     @abstractmethod
     def seconds(self, case: Case) -> float:
         """Seconds a step, or a prompt."""
@@ -83,7 +89,6 @@ class Worker(Contestant):
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.start = self.answer()["ready"]
-        """Seconds from the start of its process to its first token."""
 
     def answer(self) -> dict[str, float]:
         """The next line of the worker."""
@@ -244,6 +249,8 @@ def main() -> None:
         else:
             python = home / "venv" / "bin" / "python"
             peer = Worker(args.engine, python, folder, args.threads)
+        first = Worker("latentcore", Path(sys.executable), args.checkpoint, args.threads)
+        first.close()
         ours = Worker("latentcore", Path(sys.executable), args.checkpoint, args.threads)
         for engine in (ours, peer):
             for case in cases:
@@ -261,6 +268,9 @@ def main() -> None:
         print(f"warning: the host took up to {stolen:.0%} of a round's time", file=sys.stderr)
     if rounds.found:
         print(rounds.table(cases))
+    if peer.start is not None and ours.start is not None:
+        times = f"{ours.start:.2f} | {peer.start:.1f} | {peer.start / ours.start:.1f}x"
+        print(f"| start to first token, s | {times} | |")
 
 
 def commit() -> str:
