@@ -227,6 +227,39 @@ void tile_few_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next,
   }
 }
 
+// Byte codes of a chunk of one or two panels that are widened while tiles multiply the chunk before.
+struct Codes {
+  const uint8_t* from;
+  int np;
+  int64_t lines, done;  // of each panel
+};
+
+// Sums of 32 rows by a 128-block of FP8 codes that are scaled and added to what the blocks before gave, a row at a
+// time while tiles multiply the next 32 rows.
+struct BlockSums {
+  static constexpr int64_t kStride = 32;  // floats from row to row
+  alignas(64) float sums[2][32 * kStride];
+  int into = 0;  // what tiles are stored to; the other is added
+  float* to;
+  const float* scale;  // of the first panel
+  int64_t scale_stride;
+  int rows = 0, done = 0, np;
+  bool first;
+
+  __attribute__((always_inline)) void add_row() {
+    const float* from = sums[into ^ 1] + done * kStride;
+    float* t = to + done * kTileCols;
+    for (int p = 0; p < np; ++p, from += 16, t += 16) {
+      const vf s = vset1(scale[p * scale_stride]), v = vload(from);
+      vstore(t, first ? vmul(v, s) : vfma(v, s, vload(t)));
+    }
+    ++done;
+  }
+  void add_rest() {
+    while (done < rows) add_row();
+  }
+};
+
 // Many rows: 32 rows by 2 panels a time, K in chunks whose weights stay near while all rows of a block pass
 // over them. Rows of the second half of a block keep their sums in the half of the buffer's columns that two
 // panels leave free, so that the sums lie close together.
@@ -234,15 +267,22 @@ template <Format F>
 void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next, const Act& a, int64_t m,
                     const Sink& sink) {
   constexpr int64_t kRows = 256, kHalf = kRows / 2;
-  constexpr int64_t kTileBytes = 1024, kStride = kTileCols * 4;
-  constexpr int64_t kChunk = byte_coded(F) ? kFp8Block / 32 : 32;
-  constexpr int64_t kLines = byte_coded(F) ? 8 : 16;  // lines of weights in memory for a tile
+  constexpr int64_t kTileBytes = 1024;
+  constexpr bool kCoded = byte_coded(F);
+  constexpr int64_t kChunk = kCoded ? kFp8Block / 32 : 32;
+  constexpr int64_t kLines = kCoded ? 8 : 16;  // lines of weights in memory for a tile
   alignas(64) float total[kHalf * kTileCols];
   const auto total_of = [&total](int64_t i) { return total + i % kHalf * kTileCols + i / kHalf * 32; };
-  alignas(64) float sums[32 * kTileCols];
-  alignas(64) uint8_t wide[byte_coded(F) ? 2 * kWideStride : 64];
+  BlockSums blocks;  // FP8
+  alignas(64) uint8_t wide[2][kCoded ? 2 * kWideStride : 64];
   configure_tiles(16);
-  const int64_t tiles = w.lines * (byte_coded(F) ? 2 : 1) / 16;
+  const int64_t tiles = w.lines * (kCoded ? 2 : 1) / 16;
+  const auto codes_at = [&](int64_t p, int64_t t) {
+    return Codes{w.base + p * w.stride + t * kLines * 64, static_cast<int>(tmin<int64_t>(2, p1 - p)),
+                 tmin(kChunk, tiles - t) * kLines, 0};
+  };
+  Codes codes = codes_at(p0, 0);  // for wide[soon]
+  int64_t soon = 0;
   for (int64_t i0 = 0; i0 < m; i0 += kRows) {
     const int64_t mi = tmin(kRows, m - i0);
     for (int64_t p = p0; p < p1; p += 2) {
@@ -253,19 +293,36 @@ void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next
         const int64_t n = tmin(kChunk, tiles - t);
         const uint8_t* b = panel + t * kTileBytes;
         int64_t b_stride = w.stride;
-        // The weights of the next chunk, a few lines at each step of this one.
-        const uint8_t* fetch = t + n < tiles ? panel + (t + n) * kLines * 64 : then;
+        // Weights that come later, a few lines at each step: the next chunk or, of codes, which are widened by
+        // then, the one after it.
+        const int64_t t_fetch = t + (kCoded ? 2 * kChunk : n);
+        const uint8_t* fetch = t_fetch < tiles ? panel + t_fetch * kLines * 64
+                                               : then + (kCoded ? t_fetch - tiles : 0) * kLines * 64;
         const int64_t lines = ceil_div(kLines, ceil_div(mi, 32)), fetch_second = w.stride;
-        if constexpr (byte_coded(F)) {
-          widen_panels<Amx, F>(w, panel, np, t * 8, n * 8, {w.lines, 0}, wide, kWideStride);
-          b = wide;
+        const auto widen = [&](int q, int64_t line) __attribute__((always_inline)) {
+          Amx::template widen_to<F>(codes.from + q * w.stride + line * 64,
+                                    wide[soon] + q * kWideStride + line * 128);
+        };
+        if constexpr (kCoded) {
+          for (int q = 0; q < codes.np; ++q)
+            for (int64_t l = codes.done; l < codes.lines; ++l) widen(q, l);
+          b = wide[soon];
           b_stride = kWideStride;
+          soon ^= 1;
+          codes.lines = codes.done = 0;
+          if (t + n < tiles)
+            codes = codes_at(p, t + n);
+          else if (p + np < p1)
+            codes = codes_at(p + np, 0);
+          else if (i0 + kRows < m)
+            codes = codes_at(p0, 0);
         }
         tile_fence();
         for (int64_t i = 0; i < mi; i += 32) {
           const bool two = i + 16 < mi;
           float* at = total_of(i);
-          const TileSums four{at, 16, 16 * kTileCols, kStride, np > 1, two};
+          constexpr int64_t kRow = F == Format::FP8 ? BlockSums::kStride : kTileCols;
+          const TileSums four{at, 16, 16 * kRow, kRow * 4, np > 1, two};
           if (F == Format::FP8 || t == 0)
             four.zero();
           else
@@ -279,17 +336,25 @@ void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next
             const int64_t t_then = !last ? t : t + n < tiles ? t + n : 0;
             const uint8_t* a_then = a.row(last ? i0 : i0 + i + 32) + t_then * kTileBytes;
             const uint8_t* b_then = b;
-            if (!byte_coded(F) && last && t + n < tiles) b_then = b + n * kTileBytes;
-            if (!byte_coded(F) && last && t + n == tiles && p + 4 <= p1) b_then = panel + 2 * w.stride;
+            if (!kCoded && last && t + n < tiles) b_then = b + n * kTileBytes;
+            if (!kCoded && last && t + n == tiles && p + 4 <= p1) b_then = panel + 2 * w.stride;
             const int64_t then_n = b_then == b ? tmin(n, tiles - t_then) : tiles - t_then;
             const auto more = [&](int part) __attribute__((always_inline)) {
-              if (part != 2) return;
-              for (const uint8_t* end = fetch + lines * 64; fetch < end; fetch += 64) {
-                vprefetch_l2(fetch);
-                vprefetch_l2(fetch + fetch_second);
+              if constexpr (kCoded) {
+                if (codes.np == 2 && codes.done < codes.lines) {
+                  widen(part / 4, codes.done + part % 4);
+                  if (part == 7) codes.done += 4;
+                }
               }
+              if constexpr (F == Format::FP8)
+                if (blocks.done < blocks.rows) blocks.add_row();
+              if (part == 2)
+                for (const uint8_t* end = fetch + lines * 64; fetch < end; fetch += 64) {
+                  vprefetch_l2(fetch);
+                  vprefetch_l2(fetch + fetch_second);
+                }
             };
-            tile_steps<F, !byte_coded(F)>(
+            tile_steps<F, !kCoded>(
                 {a0, a1, b, b + b_stride}, {a_then, a_then + a.group_stride, b_then, b_then + b_stride}, n, then_n,
                 std::integral_constant<int64_t, 64>{}, std::integral_constant<int64_t, 1024>{}, more);
           } else {
@@ -301,13 +366,25 @@ void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next
                                b + b_stride + j * kTileBytes);
             }
           }
-          four.store(F == Format::FP8 ? sums : at);
-          tile_fence();
-          if constexpr (F == Format::FP8)
-            add_block(at, sums, static_cast<int>(tmin<int64_t>(32, mi - i)), np, block_scale(w, panel, t / kChunk),
-                      w.stride / 4, t == 0);
+          if constexpr (F == Format::FP8) {
+            blocks.add_rest();
+            four.store(blocks.sums[blocks.into]);
+            tile_fence();
+            blocks.into ^= 1;
+            blocks.to = at;
+            blocks.scale = block_scale(w, panel, t / kChunk);
+            blocks.scale_stride = w.stride / 4;
+            blocks.rows = static_cast<int>(tmin<int64_t>(32, mi - i));
+            blocks.done = 0;
+            blocks.np = np;
+            blocks.first = t == 0;
+          } else {
+            four.store(at);
+            tile_fence();
+          }
         }
       }
+      if constexpr (F == Format::FP8) blocks.add_rest();
       for (int64_t i = 0; i < mi; i += 32) {
         const int mb = static_cast<int>(tmin<int64_t>(32, mi - i));
         float* c = total_of(i);
