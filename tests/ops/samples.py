@@ -1200,6 +1200,7 @@ def _table() -> list[Sample]:
         (17, 100, 130),
         (40, 7, 33),
         (200, 130, 300),
+        (290, 70, 1100),  # several blocks of rows, several chunks of K, an odd panel
         (0, 40, 70),
     )
     for fmt in LINEAR:
