@@ -33,9 +33,9 @@ LC_INLINE void pace() {
     pace();              \
   } while (0)
 
-// Reads a line to have it in the first-level cache, as a load and not a hint: two hyperthreads of a core that
-// multiply tiles lose much of their time to tile loads that miss it, and hints, of which the core drops some, do
-// not cure that (benchmarks/amx_tiles.cpp).
+// Reads a line to have it in the first-level cache. Where two hyperthreads of a core multiply tiles, these lose
+// much of their time to tile loads that miss that cache; loads ahead of them cure it, hints do not
+// (benchmarks/amx_tiles.cpp).
 LC_INLINE void touch(const uint8_t* p) {
   uint64_t line;
   __asm__ volatile("movq %1, %0" : "=r"(line) : "m"(*reinterpret_cast<const uint64_t*>(p)));
@@ -273,7 +273,7 @@ void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next
   constexpr int64_t kLines = kCoded ? 8 : 16;  // lines of weights in memory for a tile
   alignas(64) float total[kHalf * kTileCols];
   const auto total_of = [&total](int64_t i) { return total + i % kHalf * kTileCols + i / kHalf * 32; };
-  BlockSums blocks;  // FP8
+  BlockSums blocks;  // of FP8
   alignas(64) uint8_t wide[2][kCoded ? 2 * kWideStride : 64];
   configure_tiles(16);
   const int64_t tiles = w.lines * (kCoded ? 2 : 1) / 16;
