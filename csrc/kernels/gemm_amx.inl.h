@@ -7,7 +7,7 @@ namespace {
 
 LC_INLINE void tile_fence() { __asm__ volatile("" : : : "memory"); }
 
-// Where many cores multiply tiles at a time, tile instructions that follow one another closely are held back: a
+// Where many threads multiply tiles at a time, tile instructions that follow one another closely are held back: a
 // loop of them takes up to 1.7 times as long as with other instructions between (benchmarks/amx_tiles.cpp).
 LC_INLINE void pace() {
   __asm__ volatile("nop; nop; nop; nop; nop; nop; nop; nop; nop; nop; nop; nop" : : : "memory");
@@ -33,9 +33,8 @@ LC_INLINE void pace() {
     pace();              \
   } while (0)
 
-// Reads a line to have it in the first-level cache. Where two hyperthreads of a core multiply tiles, these lose
-// much of their time to tile loads that miss that cache; loads ahead of them cure it, hints do not
-// (benchmarks/amx_tiles.cpp).
+// Reads a line to have it in the first-level cache. Where many threads multiply tiles, tile loads that miss it
+// cost much; loads ahead of them cure that, hints do not (benchmarks/amx_tiles.cpp).
 LC_INLINE void touch(const uint8_t* p) {
   uint64_t line;
   __asm__ volatile("movq %1, %0" : "=r"(line) : "m"(*reinterpret_cast<const uint64_t*>(p)));
