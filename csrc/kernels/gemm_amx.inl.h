@@ -246,12 +246,7 @@ struct BlockSums {
   bool first;
 
   __attribute__((always_inline)) void add_row() {
-    const float* from = sums[into ^ 1] + done * kStride;
-    float* t = to + done * kTileCols;
-    for (int p = 0; p < np; ++p, from += 16, t += 16) {
-      const vf s = vset1(scale[p * scale_stride]), v = vload(from);
-      vstore(t, first ? vmul(v, s) : vfma(v, s, vload(t)));
-    }
+    add_block(to + done * kTileCols, sums[into ^ 1] + done * kStride, 1, np, scale, scale_stride, first);
     ++done;
   }
   void add_rest() {
@@ -303,8 +298,8 @@ void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next
                                     wide[soon] + q * kWideStride + line * 128);
         };
         if constexpr (kCoded) {
-          for (int q = 0; q < codes.np; ++q)
-            for (int64_t l = codes.done; l < codes.lines; ++l) widen(q, l);
+          widen_panels<Amx, F>(w, codes.from, codes.np, codes.done, codes.lines - codes.done, {w.lines, 0},
+                               wide[soon] + codes.done * 128, kWideStride);
           b = wide[soon];
           b_stride = kWideStride;
           soon ^= 1;
@@ -337,7 +332,6 @@ void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next
             const uint8_t* b_then = b;
             if (!kCoded && last && t + n < tiles) b_then = b + n * kTileBytes;
             if (!kCoded && last && t + n == tiles && p + 4 <= p1) b_then = panel + 2 * w.stride;
-            const int64_t then_n = b_then == b ? tmin(n, tiles - t_then) : tiles - t_then;
             const auto more = [&](int part) __attribute__((always_inline)) {
               if constexpr (kCoded) {
                 if (codes.np == 2 && codes.done < codes.lines) {
@@ -353,9 +347,10 @@ void tile_many_rows(const Panels& w, int64_t p0, int64_t p1, const uint8_t* next
                   vprefetch_l2(fetch + fetch_second);
                 }
             };
-            tile_steps<F, !kCoded>(
-                {a0, a1, b, b + b_stride}, {a_then, a_then + a.group_stride, b_then, b_then + b_stride}, n, then_n,
-                std::integral_constant<int64_t, 64>{}, std::integral_constant<int64_t, 1024>{}, more);
+            tile_steps<F, !kCoded>({a0, a1, b, b + b_stride},
+                                   {a_then, a_then + a.group_stride, b_then, b_then + b_stride}, n,
+                                   tmin(n, tiles - t_then), std::integral_constant<int64_t, 64>{},
+                                   std::integral_constant<int64_t, 1024>{}, more);
           } else {
             for (int64_t j = 0; j < n; ++j) {
               for (int64_t l = 0; l < lines; ++l)
